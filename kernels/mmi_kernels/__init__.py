@@ -1,0 +1,16 @@
+"""mmi_kernels: the sampling operation under MMFS, in pure torch and in faster forms.
+
+    op.py          deform_sample: checks, picks a backend, calls it; backends() and resolve() tell which
+    reference.py   pure torch, differentiable: the truth and the fallback
+    numba_cpu.py   compiled CPU form, forward and backward (imported on first use)
+    bench.py       verifies, then times the backends
+
+This package knows torch, numpy, numba and cupy, and nothing of the engine above it.
+"""
+
+from __future__ import annotations
+
+from mmi_kernels.errors import KernelUnavailable
+from mmi_kernels.op import BACKENDS, BackendState, backends, deform_sample, resolve
+
+__all__ = ["BACKENDS", "BackendState", "KernelUnavailable", "backends", "deform_sample", "resolve"]

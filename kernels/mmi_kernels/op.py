@@ -1,0 +1,159 @@
+"""`deform_sample`: the door of this package. Checks the shapes, picks a backend, calls it.
+
+Place in the flow: every MMFS module (language model, image decoder, vision adapter) comes here with projected
+values and finished locations and weights, and gets sampled features back. Nothing else of the package is needed.
+
+    value [N, S, H, D] + locations [N, Q, H, L, P, 2] + weights [N, Q, H, L, P]  →  [N, Q, H·D]
+
+Backends (asked for by name they serve or fail, nothing falls back silently; "auto" takes the best that serves):
+
+    torch   `reference.py`, any device and dtype, always there
+    numba   `numba_cpu.py`, CPU tensors, float32 (and 16-bit, computed in float32), forward and backward
+    cuda    a RawKernel for CUDA tensors; not part of this version, CUDA tensors are served by torch
+
+Source: MM-Interleaved, Eq. 4; Deformable DETR (Zhu et al. 2021), Eq. 3.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mmi_kernels.errors import KernelUnavailable
+from mmi_kernels.reference import deform_sample_reference
+
+BACKENDS = ("auto", "torch", "numba", "cuda")
+
+_NUMBA_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_CUDA_MISSING = "this version ships no CUDA kernel"
+_NUMBA_MISSING = "numba is not installed"
+
+
+class BackendState(NamedTuple):
+    """Whether a backend can serve calls on this machine, and why (one clause, for people)."""
+
+    available: bool
+    reason: str
+
+
+@cache
+def _numba_present() -> bool:
+    # Looks the package up without importing it: importing numba costs about a second.
+    return importlib.util.find_spec("numba") is not None
+
+
+def backends() -> dict[str, BackendState]:
+    """What each backend can do here: name → (available, reason). Imports neither numba nor cupy."""
+    numba = (
+        BackendState(True, "CPU tensors in float32 and 16-bit types")
+        if _numba_present()
+        else BackendState(False, f"{_NUMBA_MISSING} (pip install 'mmi[fast]')")
+    )
+    return {
+        "torch": BackendState(True, "every device and dtype"),
+        "numba": numba,
+        "cuda": BackendState(False, f"{_CUDA_MISSING}; CUDA tensors are served by torch"),
+    }
+
+
+def resolve(backend: str = "auto", device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> str:
+    """The name of the backend that will serve a call: "torch" or "numba".
+
+    Args:
+        backend: one of `BACKENDS`. "auto" means numba for CPU tensors it can serve, torch for everything else.
+        device: where the tensors are.
+        dtype: the widest dtype among value, locations and weights.
+
+    Raises:
+        KernelUnavailable: the named backend cannot serve this device and dtype on this machine.
+        ValueError: no such backend.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"unknown backend {backend!r}; choose one of {', '.join(BACKENDS)}")
+    device = torch.device(device)
+    if backend == "cuda":
+        raise KernelUnavailable(f"backend 'cuda': {_CUDA_MISSING}", remedy="use 'torch' (or 'auto') for CUDA tensors")
+    if backend == "numba":
+        if not _numba_present():
+            raise KernelUnavailable(
+                f"backend 'numba': {_NUMBA_MISSING}", remedy="pip install 'mmi[fast]', or use 'torch' (or 'auto')"
+            )
+        if device.type != "cpu":
+            raise KernelUnavailable(
+                f"backend 'numba' serves CPU tensors, not {device.type}", remedy="use 'torch' (or 'auto')"
+            )
+        if dtype not in _NUMBA_DTYPES:
+            raise KernelUnavailable(
+                f"backend 'numba' computes in float32, not {dtype}", remedy="use 'torch' (or 'auto')"
+            )
+        return "numba"
+    serves = backend == "auto" and device.type == "cpu" and dtype in _NUMBA_DTYPES and _numba_present()
+    return "numba" if serves else "torch"
+
+
+def deform_sample(
+    value: Tensor,
+    spatial_shapes: Sequence[tuple[int, int]],
+    locations: Tensor,
+    weights: Tensor,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """Weighted bilinear samples of multi-level maps, differentiable in all three tensors.
+
+    Args:
+        value: [N, S, H, D], levels concatenated along S, each in row-major order.
+        spatial_shapes: (height, width) in positions of each of the L levels; Σ height·width = S.
+        locations: [N, Q, H, L, P, 2], (x, y) relative to the map: [0, 1] inside, outside samples zeros. Pixel i's
+            centre is at (i + 0.5) / size.
+        weights: [N, Q, H, L, P], used as they are (softmax is the caller's). A weight of exactly 0 contributes
+            nothing, whatever the value there.
+        backend: "auto", "torch", "numba" or "cuda", see `resolve`.
+
+    Returns:
+        [N, Q, H·D], value's dtype, contiguous. Row n depends on row n of the inputs alone, and equal inputs give
+        equal bits on one machine.
+
+    Raises:
+        ValueError: shapes or devices do not fit together, or no such backend.
+        KernelUnavailable: the named backend cannot serve this call.
+    """
+    shapes = _checked_shapes(value, spatial_shapes, locations, weights)
+    widest = torch.promote_types(torch.promote_types(value.dtype, locations.dtype), weights.dtype)
+    if resolve(backend, value.device, widest) == "numba":
+        from mmi_kernels.numba_cpu import deform_sample_numba
+
+        return deform_sample_numba(value, shapes, locations, weights)
+    return deform_sample_reference(value, shapes, locations, weights)
+
+
+def _checked_shapes(
+    value: Tensor, spatial_shapes: Sequence[tuple[int, int]], locations: Tensor, weights: Tensor
+) -> tuple[tuple[int, int], ...]:
+    """The level shapes as plain ints, after every dimension was compared. Raises ValueError."""
+    shapes = tuple((int(height), int(width)) for height, width in spatial_shapes)
+    if not shapes or any(height < 1 or width < 1 for height, width in shapes):
+        raise ValueError(f"spatial_shapes must hold one (height, width) ≥ 1 per level, got {shapes}")
+    if value.dim() != 4 or 0 in value.shape[2:]:
+        raise ValueError(f"value must be [N, S, H, D] with H, D ≥ 1, got {tuple(value.shape)}")
+    rows, positions, heads, _ = value.shape
+    if positions != sum(height * width for height, width in shapes):
+        raise ValueError(f"value has {positions} positions, spatial_shapes {shapes} add up to another number")
+    if weights.dim() != 5 or (weights.shape[0], *weights.shape[2:4]) != (rows, heads, len(shapes)):
+        raise ValueError(
+            f"weights must be [N, Q, H, L, P] with N {rows}, H {heads}, L {len(shapes)}, got {tuple(weights.shape)}"
+        )
+    if weights.shape[4] < 1:
+        raise ValueError("weights must hold at least one point per level")
+    if tuple(locations.shape) != (*weights.shape, 2):
+        raise ValueError(f"locations must be {(*weights.shape, 2)} to match weights, got {tuple(locations.shape)}")
+    if not value.device == locations.device == weights.device:
+        raise ValueError(f"tensors on different devices: {value.device}, {locations.device}, {weights.device}")
+    if not all(t.is_floating_point() for t in (value, locations, weights)):
+        raise ValueError("value, locations and weights must be floating-point tensors")
+    return shapes
