@@ -6,7 +6,7 @@ trunk in groups of layers; before each group an :class:`Injector` lets the patch
 Source: Chen et al. 2023, "Vision Transformer Adapter for Dense Predictions", sections 3.2 to 3.4; Zhu et al. 2021,
 "Deformable DETR", Eq. 2; architecture section 2.
 
-Shapes: token lists ``[N, positions, C]``; "shapes" are the (height, width) of the maps inside such a list, finest first.
+Shapes: token lists ``[N, positions, C]``; "shapes" are the (height, width) of the maps inside a list, finest first.
 Maps ``[N, C, h, w]`` are kept in channels-last memory, so that a map and its token list are two views of one buffer
 and a norm over channels runs along memory.
 """
@@ -18,10 +18,10 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from mmi_kernels import deform_sample
 from torch import Tensor, nn
 
 from mmi_engine.model.trunk import Trunk
+from mmi_kernels import deform_sample
 
 Shape = tuple[int, int]
 
@@ -240,6 +240,21 @@ def initialise_adapter(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
+class Upsampling(nn.ConvTranspose2d):
+    """Transposed 2×2 convolution of stride 2. Its windows do not overlap, so it is one matrix product per cell, which
+    keeps channels-last memory and is several times faster on a CPU than the library's kernel."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, channels, 2, stride=2)
+
+    def forward(self, feature_map: Tensor) -> Tensor:  # type: ignore[override]
+        """``[N, C, h, w]`` → ``[N, C, 2 h, 2 w]``."""
+        weight = self.weight.permute(2, 3, 1, 0).flatten(0, 2)  # (2 · 2 · C_out, C_in)
+        windows = F.linear(feature_map.permute(0, 2, 3, 1), weight).unflatten(-1, (2, 2, -1))  # (N, h, w, 2, 2, C)
+        cells = windows.transpose(2, 3).flatten(3, 4).flatten(1, 2)  # (N, 2 h, 2 w, C)
+        return (cells + self.bias).permute(0, 3, 1, 2)
+
+
 class ViTAdapter(nn.Module):
     """The whole branch, walked together with a trunk.
 
@@ -270,7 +285,7 @@ class ViTAdapter(nn.Module):
             Interaction(channels, heads, points, value_ratio, ffn_ratio, extra_extractors if i == groups - 1 else 0)
             for i in range(groups)
         )
-        self.up = nn.ConvTranspose2d(channels, channels, 2, stride=2)
+        self.up = Upsampling(channels)
         self.apply(initialise_adapter)
         nn.init.normal_(self.level_embed)
 

@@ -2,7 +2,7 @@ r"""Released names of the visual tokenizer's and the two Q-Formers' tensors, and
 
 Read when a released checkpoint is imported, exported or checked. A rule is a pair of templates ``(released, ours)``
 with placeholders that stand for the same text on both sides: ``{i}`` and ``{j}`` for a number, ``{leaf}`` for
-``weight`` or ``bias``, ``{rest}`` for anything. A name matches at most one rule in either direction, so the table is its
+``weight`` or ``bias``, ``{rest}`` for anything. In either direction a name matches at most one rule: the table is its
 own inverse. Source: state dictionary of the released model (BERT-like Q-Former names of transformers 4.31, CLIP names
 with ``pre_layrnorm`` spelt so).
 """

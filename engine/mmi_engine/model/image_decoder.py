@@ -1,0 +1,137 @@
+"""The image decoder: the context of an image → 77 tokens → diffusion U-Net with MMFS → latent → picture.
+
+Place in the flow: behind the language model. Hidden states from the document's ``<s>`` to the image's ``<BoI>``, nearest
+first, are projected, get 1-D positions and are resampled to the U-Net's text condition; the U-Net's MMFS looks at the
+image before. Source: paper section 3.2 and Eq. 3; architecture section 5 and 6.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from diffusers import DDPMScheduler, UNet2DConditionModel
+from torch import Tensor, nn
+
+from mmi_engine.model.config import ImageDecoderConfig
+from mmi_engine.model.positions import sincos_1d
+from mmi_engine.model.resampler import QFormer
+from mmi_engine.model.unet import MMFSUNet
+from mmi_engine.model.vae import ImageCodec
+
+
+@dataclass
+class Draws:
+    """Random numbers of one training step; drawn in this order when not given.
+
+    uncond_uniform ``[N, 1, 1]`` in [0, 1) · vae_noise ``[N, C, h, w]`` · diffusion_noise ``[R·N, C, h, w]`` ·
+    timesteps ``[R·N]`` long, with R noise levels per image.
+    """
+
+    uncond_uniform: Tensor | None = None
+    vae_noise: Tensor | None = None
+    diffusion_noise: Tensor | None = None
+    timesteps: Tensor | None = None
+
+
+@dataclass
+class DiffusionResult:
+    """The image loss and what it was made of; ``per_image`` ``[R·N]`` before masking."""
+
+    loss: Tensor
+    per_image: Tensor
+    prediction: Tensor
+    noisy: Tensor
+    latents: Tensor
+
+
+class ImageDecoder(nn.Module):
+    """Context resampler, learnt unconditional embedding, U-Net with MMFS, VAE and noise schedule."""
+
+    def __init__(self, config: ImageDecoderConfig, d_llm: int, d_value: int) -> None:
+        super().__init__()
+        self.config = config
+        self.d_context = config.context_resampler.encoder_hidden_size
+        self.context_proj = nn.Linear(d_llm, self.d_context)
+        self.context_resampler = QFormer(config.context_resampler)
+        shape = (1, config.context_resampler.num_queries, config.context_resampler.hidden_size)
+        self.unconditional = nn.Parameter(torch.randn(shape) * 0.02)
+        self.unet = MMFSUNet(UNet2DConditionModel(**config.unet), config.mmfs, d_value)
+        self.codec = ImageCodec(config.vae)
+        self.scheduler = DDPMScheduler(**config.scheduler)
+
+    def context_tokens(self, hidden: Tensor, mask: Tensor) -> Tensor:
+        """Text condition of the U-Net.
+
+        Args:
+            hidden: ``[N, K, d_llm]`` hidden states, nearest first.
+            mask: ``[N, K]``, 0 on padding.
+
+        Returns:
+            ``[N, 77, C]``.
+        """
+        positions = sincos_1d(torch.arange(hidden.shape[1], device=hidden.device), self.d_context).to(hidden.dtype)
+        return self.context_resampler(self.context_proj(hidden) + positions, mask)
+
+    def diffusion_loss(
+        self,
+        tokens: Tensor,
+        features: list[Tensor],
+        visible: Tensor,
+        *,
+        latents: Tensor | None,
+        images: Tensor | None,
+        loss_mask: Tensor,
+        mean_over: str,
+        draws: Draws,
+        noise_repeats: int = 1,
+    ) -> DiffusionResult:
+        """Mean squared error on noise or velocity, Eq. 3.
+
+        Args:
+            tokens: ``[N, 77, C]`` of :meth:`context_tokens`.
+            features: feature maps ``[N, M, C, h_l, w_l]`` of the context images.
+            visible: ``[N, M]``.
+            latents: ``[N, C, h, w]`` scaled; or ``None`` and
+            images: ``[N, 3, H, W]`` in [0, 1], encoded without gradient.
+            loss_mask: ``[N]`` multiplies every image's loss.
+            mean_over: ``all`` divides by the number of images, ``counted`` by the mask's sum.
+            draws: random numbers; missing ones are drawn.
+            noise_repeats: noise levels per image; context and features are computed once for all of them.
+        """
+        batch = len(tokens)
+        uniform = draws.uncond_uniform if draws.uncond_uniform is not None else torch.rand_like(tokens[:, :1, :1])
+        dropped = uniform < self.config.unconditional_probability
+        tokens = torch.where(dropped, self.unconditional.to(tokens.dtype), tokens)
+        if latents is None:
+            assert images is not None
+            with torch.no_grad():
+                latents = self.codec.encode(images, draws.vae_noise)
+        vision = self.unet.look(features, visible)
+        if noise_repeats > 1:
+            latents, tokens = latents.repeat(noise_repeats, 1, 1, 1), tokens.repeat(noise_repeats, 1, 1)
+            vision = None if vision is None else vision.repeat(noise_repeats, batch)
+            loss_mask = loss_mask.repeat(noise_repeats)
+        noise = draws.diffusion_noise if draws.diffusion_noise is not None else torch.randn_like(latents)
+        steps = draws.timesteps
+        if steps is None:
+            steps = torch.randint(self.scheduler.config.num_train_timesteps, (len(latents),), device=latents.device)
+        noisy = self.scheduler.add_noise(latents, noise, steps)
+        prediction = self.unet(noisy, steps, tokens, vision)
+        velocity = self.scheduler.config.prediction_type == "v_prediction"
+        target = self.scheduler.get_velocity(latents, noise, steps) if velocity else noise
+        per_image = F.mse_loss(prediction.float(), target.float(), reduction="none").mean(dim=(1, 2, 3))
+        weighted = per_image * self._snr_weight(steps) * loss_mask
+        count = loss_mask.sum().clamp(min=1) if mean_over == "counted" else len(weighted)
+        return DiffusionResult(weighted.sum() / count, per_image.detach(), prediction, noisy, latents)
+
+    def _snr_weight(self, steps: Tensor) -> Tensor | float:
+        """Min-SNR-γ weight per time step (Hang et al. 2023), 1 when the option is off."""
+        gamma = self.config.min_snr_gamma
+        if gamma is None:
+            return 1.0
+        alphas = self.scheduler.alphas_cumprod.to(steps.device)[steps]
+        snr = alphas / (1 - alphas)
+        divisor = snr + 1 if self.scheduler.config.prediction_type == "v_prediction" else snr
+        return snr.clamp(max=gamma) / divisor

@@ -1,0 +1,178 @@
+"""The diffusion U-Net with MMFS: noisy latents ``[N, C, h, w]`` → predicted noise or velocity of the same shape.
+
+MMFS runs on all skip features and on the middle block's output, after the middle block and before the up path, where
+ControlNet adds its residuals:  x += zero_conv(MMFS(LayerNorm(x) + positions, LayerNorm(F))).
+The U-Net itself is diffusers' ``UNet2DConditionModel`` (SD 1.5, SD 2.1, miniSD … shapes); its blocks are called one by
+one because the skips must be read and changed between its down and its up path.
+Source: architecture section 3 and 9 (the paper puts MMFS after each up block; the released model does this).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor, nn
+
+from mmi_engine.errors import ModelError
+from mmi_engine.model.config import MMFSConfig
+from mmi_engine.model.mmfs import MMFS, Shapes
+from mmi_engine.model.positions import resize_grid, sincos_2d
+
+
+class MMFSBlock(nn.Module):
+    """zero_conv(MMFS(LayerNorm(x) + positions, LayerNorm(F))) for one U-Net feature map ``[N, channels, side, side]``.
+
+    The zero convolution starts at zero, so a fresh assembly computes what the unmodified U-Net computes.
+    """
+
+    positions: Tensor
+    query_positions: Tensor
+    reference: Tensor
+
+    def __init__(self, config: MMFSConfig, channels: int, side: int, latent_side: int, d_value: int) -> None:
+        super().__init__()
+        self.query_norm = nn.LayerNorm(channels, eps=1e-6)
+        self.feature_norm = nn.LayerNorm(d_value, eps=1e-6)
+        self.mmfs = MMFS(config, d_query=channels, d_value=d_value, d_out=channels, base=side)
+        self.zero_conv = nn.Conv2d(channels, channels, 1)
+        nn.init.zeros_(self.zero_conv.weight)
+        nn.init.zeros_(self.zero_conv.bias)
+        self.side = side
+        # The table is made for the latent's grid and resized to the query's, as the released model does.
+        self.register_buffer("positions", sincos_2d(latent_side, latent_side, channels), persistent=False)
+        self.register_buffer("query_positions", resize_grid(self.positions, (side, side)), persistent=False)
+        self.register_buffer("reference", cell_centres(side, side), persistent=False)  # (side², 2)
+
+    def project_values(self, features: Tensor) -> Tensor:
+        """``[N, M, S, d_value]`` → ``[N, M·S, H, D]``."""
+        return self.mmfs.project_values(self.feature_norm(features))
+
+    def forward(self, x: Tensor, values: Tensor, shapes: Shapes, visible: Tensor) -> Tensor:
+        """``x`` ``[N, channels, h, w]`` → the term that is added to it."""
+        height, width = x.shape[2:]
+        positions, reference = self.query_positions, self.reference
+        if (height, width) != (self.side, self.side):
+            positions = resize_grid(self.positions, (height, width))
+            reference = cell_centres(height, width).to(x)
+        query = self.query_norm(x.flatten(2).transpose(1, 2)) + positions.to(x.dtype)
+        synced = self.mmfs(query, reference[None].to(x.dtype), values, shapes, visible)
+        return self.zero_conv(synced.transpose(1, 2).unflatten(2, (height, width)))
+
+    def term(self, x: Tensor, vision: ImageVision, order: int) -> Tensor:
+        """What is added to ``x`` ``[N, channels, h, w]``, rows that see nothing included."""
+        rows = vision.rows
+        if len(rows) == len(x):
+            return self(x, vision.values[order], vision.shapes, vision.visible)
+        blind = self.zero_conv(self.mmfs.blind().view(1, -1, 1, 1)).expand_as(x)
+        if len(rows) == 0:
+            return blind
+        return blind.index_copy(0, rows, self(x[rows], vision.values[order], vision.shapes, vision.visible))
+
+
+@dataclass
+class ImageVision:
+    """What the U-Net's MMFS looks at; made once per picture and used by every denoising step.
+
+    ``values``: one ``[R, M·S, H, D]`` per MMFS block; ``shapes``: (height, width) of the maps; ``visible``: ``[R, M]``;
+    ``rows``: ``[R]`` the batch rows that see anything at all. For all other rows MMFS is a constant.
+    """
+
+    values: list[Tensor]
+    shapes: Shapes
+    visible: Tensor
+    rows: Tensor
+
+    def repeat(self, times: int, batch: int) -> ImageVision:
+        """The same for ``times`` copies of a batch of ``batch`` rows, one copy after the other."""
+        rows = torch.cat([self.rows + batch * k for k in range(times)])
+        values = [v.repeat(times, 1, 1, 1) for v in self.values]
+        return ImageVision(values, self.shapes, self.visible.repeat(times, 1), rows)
+
+
+class MMFSUNet(nn.Module):
+    """``UNet2DConditionModel`` with one :class:`MMFSBlock` per skip feature and one for the middle."""
+
+    def __init__(self, unet: UNet2DConditionModel, config: MMFSConfig | None, d_value: int) -> None:
+        super().__init__()
+        self.unet = unet
+        blocks = []
+        if config is not None:
+            skips = skip_shapes(unet)
+            latent_side = skips[0][1]
+            blocks = [MMFSBlock(config, width, side, latent_side, d_value) for width, side in [*skips, skips[-1]]]
+        self.mmfs_blocks = nn.ModuleList(blocks)
+
+    def look(self, features: list[Tensor], visible: Tensor) -> ImageVision | None:
+        """Project the maps F1..F4 ``[N, M, C, h_l, w_l]`` of the context images, ``visible`` ``[N, M]``."""
+        if not self.mmfs_blocks:
+            return None
+        rows = visible.any(dim=1).nonzero().squeeze(1)
+        flat = torch.cat([m[rows].flatten(3).transpose(2, 3) for m in features], dim=2)  # (R, M, S, C)
+        shapes = [(m.shape[3], m.shape[4]) for m in features]
+        return ImageVision([b.project_values(flat) for b in self.mmfs_blocks], shapes, visible[rows], rows)
+
+    def forward(self, latents: Tensor, timesteps: Tensor, context: Tensor, vision: ImageVision | None = None) -> Tensor:
+        """One prediction.
+
+        Args:
+            latents: ``[N, C, h, w]``, scaled and noisy.
+            timesteps: ``[N]`` or scalar, 0 … 999.
+            context: text condition ``[N, 77, cross_attention_dim]``.
+            vision: of :meth:`look`; ``None`` leaves MMFS out altogether.
+        """
+        unet = self.unet
+        emb = unet.time_embedding(unet.get_time_embed(sample=latents, timestep=timesteps))
+        sample = unet.conv_in(latents)
+        skips = (sample,)
+        for block in unet.down_blocks:
+            sample, more = block(hidden_states=sample, temb=emb, **_attends(block, context))
+            skips += more
+        sample = unet.mid_block(sample, emb, **_attends(unet.mid_block, context))
+        if vision is not None:
+            terms = [b.term(x, vision, i) for i, (b, x) in enumerate(zip(self.mmfs_blocks, (*skips, sample), strict=True))]
+            skips = tuple(x + term for x, term in zip(skips, terms, strict=False))
+            sample = sample + terms[-1]
+        for block in unet.up_blocks:
+            count = len(block.resnets)
+            residuals, skips = skips[-count:], skips[:-count]
+            target = skips[-1].shape[2:] if skips else None  # odd sizes do not double exactly
+            sample = block(
+                hidden_states=sample,
+                temb=emb,
+                res_hidden_states_tuple=residuals,
+                upsample_size=target,
+                **_attends(block, context),
+            )
+        if unet.conv_norm_out is not None:
+            sample = unet.conv_act(unet.conv_norm_out(sample))
+        return unet.conv_out(sample)
+
+
+def _attends(block: nn.Module, context: Tensor) -> dict[str, Tensor]:
+    """The text condition for blocks that have cross-attention."""
+    return {"encoder_hidden_states": context} if getattr(block, "has_cross_attention", False) else {}
+
+
+def skip_shapes(unet: UNet2DConditionModel) -> list[tuple[int, int]]:
+    """(channels, side) of every skip feature in the order of the down path, for the U-Net's own ``sample_size``."""
+    config = unet.config
+    if config.sample_size is None:
+        raise ModelError("the U-Net's configuration lacks sample_size", remedy="state it: the side of the latent")
+    side = int(config.sample_size)
+    shapes = [(int(config.block_out_channels[0]), side)]
+    for channels, block in zip(config.block_out_channels, unet.down_blocks, strict=True):
+        shapes += [(int(channels), side)] * len(block.resnets)
+        if block.downsamplers is not None:
+            side = (side + 1) // 2
+            shapes.append((int(channels), side))
+    return shapes
+
+
+def cell_centres(height: int, width: int) -> Tensor:
+    """Centres of a grid's cells as (x, y) in [0, 1], row by row: ``[height·width, 2]``."""
+    y = (torch.arange(height) + 0.5) / height
+    x = (torch.arange(width) + 0.5) / width
+    grid_y, grid_x = torch.meshgrid(y, x, indexing="ij")
+    return torch.stack([grid_x, grid_y], dim=-1).flatten(0, 1)
