@@ -91,8 +91,7 @@ def town(cv: Canvas, sun: str, pan: float) -> None:
         cv.poly([(x0, 90), (x0, top), (x0 + 12, top - 10), (x0 + 24, top), (x0 + 24, 90)], fill, BUILDING)
         for wx in (5, 14):
             for wy in (5, 16):
-                cv.poly([(x0 + wx, top + wy), (x0 + wx + 5, top + wy), (x0 + wx + 5, top + wy + 6), (x0 + wx, top + wy + 6)],
-                        (255, 214, 104), BUILDING)  # fmt: skip
+                cv.rrect(x0 + wx, top + wy, x0 + wx + 5, top + wy + 6, 0, (255, 214, 104), BUILDING)
     _band(cv, 82, 129, (92, 94, 118), GROUND)
     for k in range(5):
         cv.rrect(k * 32 - 6 + pan, 96, k * 32 + 8 + pan, 98, 1, (132, 134, 156), GROUND)

@@ -167,7 +167,7 @@ def _lay_out(
         slots = [(83.0, 85.0), (111.5, 113.0)] if len(things) == 2 else [(86.0, 110.0)]
         base = y - 34.0 * scale
         placed = [
-            Prop(k, c, rng.uniform(*slot), base + rng.uniform(-3.0, 0.0), size - 2.5, d)
+            Prop(k, c, min(rng.uniform(*slot), 127.0 - size / 2), base + rng.uniform(-3.0, 0.0), size - 2.5, d)
             for (k, c, d), slot, size in zip(things, slots, sizes, strict=True)
         ]
         return x, y, tuple(placed)
