@@ -271,7 +271,10 @@ def _torso(cv: Canvas, scene: Scene, pose: Pose, base: float) -> None:
 
 
 def _sleep_marks(cv: Canvas) -> None:
-    """Two letters Z rising from the sleeper, in ink on white so that they show on every background."""
+    """Two letters Z rising from the sleeper, in ink on white so that they show on every background; no class of their
+    own, so a semantic map leaves them out."""
+    if cv.semantic:
+        return
     for x, y, r in ((2, -46, 4.0), (6, -60, 5.0)):
         path = [(x - r, y - r), (x + r, y - r), (x - r, y + r), (x + r, y + r)]
         cv.stroke(path, 3.6, WHITE, HEAD)
