@@ -121,7 +121,7 @@ class StoppedError(MMIError):
     exit_code = 3
 
 
-class Interrupted(MMIError):  # noqa: N818  (a condition, not a fault)
+class Interrupted(MMIError):
     """Ctrl-C: what was finished is on disk and the same command resumes."""
 
     code = "interrupted"

@@ -1,0 +1,130 @@
+"""Items in batches of one shape, and what to do when a batch fails.
+
+Place in the flow: `run.py` hands jobs in and takes results out; the model is behind the `Engine` protocol. Shapes
+depend on an item alone, never on its neighbours, so how items are put together does not change their bytes.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from typing import Any, Protocol
+
+from mmi_engine.data.manifest import shorten
+from mmi_engine.errors import GenerationError, ItemError, MMIError
+from mmi_engine.tasks import Job, Piece
+
+log = logging.getLogger(__name__)
+
+WINDOW = 8  # batches' worth of items read ahead so that buckets of equal shape fill up
+
+
+class Engine(Protocol):
+    """The model as the loop sees it.
+
+    Attributes:
+        image_size: side in pixels of the pictures it makes.
+        batch_size: items of one shape worked on together.
+    """
+
+    image_size: int
+    batch_size: int
+
+    def identity(self) -> dict[str, Any]:
+        """Model fingerprint and settings: all that changes an item's output. Known before `load`."""
+        ...
+
+    def load(self) -> None:
+        """Bring the model into memory; called once, only if there is work."""
+        ...
+
+    def shape(self, job: Job) -> Hashable:
+        """Items with equal shapes may share a batch."""
+        ...
+
+    def fill(self, jobs: Sequence[Job], seeds: Sequence[int], batch_size: int) -> list[list[Piece]]:
+        """Values for all missing pieces, computed as if in a full batch of `batch_size` whatever `len(jobs)`."""
+        ...
+
+
+Attempt = tuple[Job, "list[Piece] | ItemError", bool]
+
+
+def attempt(
+    engine: Engine,
+    seeded: Sequence[tuple[Job, int]],
+    batch_size: int,
+    notice: Callable[[str], None],
+    reduced: bool = False,
+) -> Iterator[Attempt]:
+    """Fill a batch; whatever raises is narrowed down to the item that causes it.
+
+    Out of memory halves the batch size for these items only and marks them; any other error is retried item by item at
+    the same batch size (short batches are filled up by the engine), so that the good neighbours keep their bytes.
+
+    Args:
+        engine: the model.
+        seeded: jobs of one shape with their seeds.
+        batch_size: what the engine fills a short batch up to.
+        notice: told about reduced batches.
+        reduced: whether the batch size is already below the run's.
+
+    Yields:
+        (job, its pieces or the error, whether the batch size was reduced).
+
+    Raises:
+        MMIError: errors that are not an item's fault (device, model).
+    """
+    try:
+        filled = engine.fill([job for job, _ in seeded], [seed for _, seed in seeded], batch_size)
+        if len(filled) != len(seeded):
+            raise GenerationError(f"the model returned {len(filled)} of {len(seeded)} items")
+    except Exception as error:
+        item_error = as_item_error(error)
+        log.debug("batch of %d failed", len(seeded), exc_info=error)
+        if item_error.code == "out_of_memory" and batch_size > 1:
+            smaller = batch_size // 2
+            notice(f"out of memory with batches of {batch_size}: trying {smaller} for these items")
+            for start in range(0, len(seeded), smaller):
+                yield from attempt(engine, seeded[start : start + smaller], smaller, notice, True)
+        elif len(seeded) > 1:
+            for pair in seeded:
+                yield from attempt(engine, [pair], batch_size, notice, reduced)
+        else:
+            yield seeded[0][0], item_error, reduced
+        return
+    for (job, _), pieces in zip(seeded, filled, strict=True):
+        yield job, pieces, reduced
+
+
+def buckets(jobs: Iterable[Job], shape: Any, batch_size: int) -> Iterator[list[Job]]:
+    """Batches of equal shape, in the order in which they fill up; reads ahead `WINDOW` batches at most."""
+    waiting: dict[Hashable, list[Job]] = {}
+    for job in jobs:
+        key = shape(job)
+        bucket = waiting.setdefault(key, [])
+        bucket.append(job)
+        if len(bucket) == batch_size:
+            yield waiting.pop(key)
+        elif sum(map(len, waiting.values())) >= WINDOW * batch_size:
+            yield waiting.pop(next(iter(waiting)))  # the bucket that has waited longest
+    yield from waiting.values()
+
+
+def as_item_error(error: Exception) -> ItemError:
+    """Why an item failed, with a stable code; errors that are not the item's fault are raised again."""
+    if isinstance(error, ItemError):
+        return error
+    if isinstance(error, MMIError):
+        raise error
+    name = type(error).__name__
+    if isinstance(error, MemoryError) or name == "OutOfMemoryError":
+        remedy = "use a smaller --batch-size or --dtype bf16"
+        return GenerationError("out of memory", remedy=remedy, code="out_of_memory")
+    if isinstance(error, FloatingPointError):
+        return GenerationError("the model produced NaN", remedy="try --dtype fp32", code="not_finite")
+    first_line = (str(error).strip().splitlines() or [""])[0]
+    portable = re.sub(r"(?<![\w.])/[^\s'\":,]*/", "", first_line)  # rows carry no absolute paths …
+    portable = re.sub(r"0x[0-9a-fA-F]+", "0x…", portable)  # … and no addresses
+    return GenerationError(f"{name}: {shorten(portable, 160)}", remedy="run with -vv for the traceback")
