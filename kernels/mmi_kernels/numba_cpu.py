@@ -60,13 +60,15 @@ class _DeformSample(torch.autograd.Function):
         rows, _, heads, dim = value.shape
         queries = locations.shape[1]
         out = value.new_empty(rows, queries, heads, dim)
-        arrays = (_array(value), _levels(spatial_shapes), _array(locations), _array(weights), _array(out))
+        flat = (_flat(value), _flat(locations), _flat(weights), _slots(spatial_shapes, weights.shape[4]), _flat(out))
+        sizes = _sizes(value, weights)
 
         lanes, work = rows * heads, weights.numel() * dim * 4
-        if lanes >= torch.get_num_threads():
-            _in_parallel(lambda a, b: numba_loops.sample_lanes(*arrays, a, b, 0, queries), lanes, work)
+        pack = _worth_packing(sizes)
+        if lanes >= torch.get_num_threads() or pack:
+            _in_parallel(lambda a, b: numba_loops.sample_lanes(*flat, sizes, pack, a, b, 0, queries), lanes, work)
         else:  # few lanes, so cut along the queries instead
-            _in_parallel(lambda a, b: numba_loops.sample_lanes(*arrays, 0, lanes, a, b), queries, work)
+            _in_parallel(lambda a, b: numba_loops.sample_lanes(*flat, sizes, pack, 0, lanes, a, b), queries, work)
         return out.flatten(2)
 
     @staticmethod
@@ -75,29 +77,44 @@ class _DeformSample(torch.autograd.Function):
         value, locations, weights = ctx.saved_tensors
         rows, _, heads, dim = value.shape
         want_value = ctx.needs_input_grad[0]
-        grad_out = grad_out.contiguous().view(rows, weights.shape[1], heads, dim)
-        grad_value = torch.zeros_like(value) if want_value else value.new_zeros(1, 1, 1, 1)
+        grad_value = torch.zeros_like(value) if want_value else value.new_empty(0)
         grad_locations, grad_weights = torch.zeros_like(locations), torch.zeros_like(weights)
-        inputs = (_array(value), _levels(ctx.spatial_shapes), _array(locations), _array(weights), _array(grad_out))
-        outputs = (_array(grad_value), _array(grad_locations), _array(grad_weights))
+        slots = _slots(ctx.spatial_shapes, weights.shape[4])
+        inputs = (_flat(value), _flat(locations), _flat(weights), slots, _flat(grad_out.contiguous()))
+        outputs = (_flat(grad_value), _flat(grad_locations), _flat(grad_weights))
+        sizes = _sizes(value, weights)
+        pack = _worth_packing(sizes)
         _in_parallel(
-            lambda a, b: numba_loops.sample_lanes_backward(*inputs, *outputs, a, b, want_value),
+            lambda a, b: numba_loops.sample_lanes_backward(*inputs, *outputs, sizes, pack, a, b, want_value),
             rows * heads,
             weights.numel() * dim * 12,
         )
         return grad_value if want_value else None, None, grad_locations, grad_weights
 
 
-def _array(tensor: Tensor) -> np.ndarray:
-    return tensor.detach().numpy()
+def _flat(tensor: Tensor) -> np.ndarray:
+    """A one-dimensional numpy view of a contiguous CPU tensor; no copy."""
+    return tensor.detach().view(-1).numpy()
+
+
+def _sizes(value: Tensor, weights: Tensor) -> tuple[int, int, int, int, int]:
+    """(S, Q, H, D, L·P)."""
+    return value.shape[1], weights.shape[1], value.shape[2], value.shape[3], weights.shape[3] * weights.shape[4]
+
+
+def _worth_packing(sizes: tuple[int, int, int, int, int]) -> bool:
+    """Whether a lane's queries read its maps often enough to pay for one copy of them."""
+    positions, queries, _, _, samples = sizes
+    return queries * samples >= positions
 
 
 @lru_cache(maxsize=256)
-def _levels(spatial_shapes: tuple[tuple[int, int], ...]) -> np.ndarray:
-    """[L, 3] int64: height, width and first position of each level."""
+def _slots(spatial_shapes: tuple[tuple[int, int], ...], points: int) -> np.ndarray:
+    """[3 · L·P] float32: width, height and first position of the level of each sample of a query."""
     shapes = np.asarray(spatial_shapes, dtype=np.int64)
-    ends = np.cumsum(shapes[:, 0] * shapes[:, 1])
-    return np.column_stack([shapes, np.concatenate([[0], ends[:-1]])])
+    areas = shapes[:, 0] * shapes[:, 1]
+    table = np.stack([shapes[:, 1], shapes[:, 0], np.cumsum(areas) - areas])  # [3, L]
+    return np.repeat(table, points, axis=1).astype(np.float32).reshape(-1)
 
 
 def _in_parallel(call: Callable[[int, int], None], size: int, work: int) -> None:
