@@ -8,8 +8,21 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import CLIPVisionConfig, CLIPVisionModel
+from transformers import (
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    Dinov2Config,
+    Dinov2Model,
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+    ViTConfig,
+    ViTModel,
+)
 
+from mmi_engine.errors import ModelError
 from mmi_engine.model.adapter import (
     ChannelLayerNorm,
     ConvFFN,
@@ -24,7 +37,8 @@ from mmi_engine.model.config import QFormerConfig, VisionConfig
 from mmi_engine.model.names_vision import CONTEXT_RESAMPLER, VISUAL_TOKENIZER, is_dropped, to_official, to_ours
 from mmi_engine.model.positions import interpolate_position_embedding, resize_grid, sincos_1d, sincos_2d
 from mmi_engine.model.resampler import QFormer
-from mmi_engine.model.vision import CLIP_MEAN, CLIP_STD, VisualTokenizer
+from mmi_engine.model.trunk import take_apart
+from mmi_engine.model.vision import VisualTokenizer
 
 VISION = VisionConfig(
     image_size=32, patch_size=8, hidden_size=16, intermediate_size=32, num_layers=4, num_heads=2, stem_channels=4
@@ -186,33 +200,50 @@ def test_spatial_prior_strides() -> None:
 # the whole
 
 
-def test_fresh_adapter_leaves_the_trunk_alone() -> None:
-    model = tokenizer(random=False)
-    clip = CLIPVisionModel(
-        CLIPVisionConfig(
-            hidden_size=16,
-            intermediate_size=32,
-            num_hidden_layers=4,
-            num_attention_heads=2,
-            image_size=32,
-            patch_size=8,
-            hidden_act="quick_gelu",
-        )
-    ).eval()
-    names = {"trunk.position_embedding": "embeddings.position_embedding.weight"}
-    names["trunk.class_embedding"] = "embeddings.class_embedding"
-    names["trunk.patch_embedding.weight"] = "embeddings.patch_embedding.weight"
-    own = model.state_dict()
-    for name in [name for name in own if name.startswith("trunk.")]:
-        there = names.get(
-            name, name.replace("trunk.pre_norm", "pre_layrnorm").replace("trunk.layers", "encoder.layers")
-        )
-        clip.get_parameter(there).data.copy_(own[name])
+SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2}
+SIZES |= {"image_size": 32, "patch_size": 8}
+LIBRARY = {
+    "clip": (CLIPVisionModel, CLIPVisionConfig(**SIZES, hidden_act="quick_gelu")),
+    "siglip": (SiglipVisionModel, SiglipVisionConfig(**SIZES, vision_use_head=False)),
+    "vit": (ViTModel, ViTConfig(**SIZES)),
+    "dinov2": (Dinov2Model, Dinov2Config(**{**SIZES, "mlp_ratio": 2})),
+}
+
+
+@pytest.mark.parametrize("family", LIBRARY)
+def test_fresh_adapter_leaves_the_trunk_alone(family: str) -> None:
+    """With gamma 0 the last hidden states are what the library's own forward computes."""
+    torch.manual_seed(0)
+    make, config = LIBRARY[family]
+    library = make(config).eval()
+    for name in ("layernorm", "post_layernorm"):  # the final norm, which the trunk leaves out
+        if hasattr(library, name):
+            setattr(library, name, nn.Identity())
+    mean, std = (0.5, 0.4, 0.3), (0.2, 0.3, 0.25)
+    trunk = take_apart(library)
+    model = VisualTokenizer(VISION, QFormer(QUERIES), d_llm=10, trunk=trunk, mean=mean, std=std).eval()
     images = torch.rand(2, 3, 32, 32)
-    mean, std = torch.tensor(CLIP_MEAN).view(3, 1, 1), torch.tensor(CLIP_STD).view(3, 1, 1)
     with torch.no_grad():
-        expected = clip((images - mean) / std).last_hidden_state
-        torch.testing.assert_close(model(images).last_hidden, expected, rtol=1e-5, atol=1e-5)
+        expected = library((images - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1))
+        out = model(images)
+    assert trunk.prefix == (0 if family == "siglip" else 1)
+    torch.testing.assert_close(out.last_hidden, expected.last_hidden_state, rtol=1e-5, atol=1e-5)
+    assert out.image_embeds.shape == (2, 16, 16)
+
+
+def test_only_plain_vision_transformers_are_taken_apart() -> None:
+    with pytest.raises(ModelError, match="QFormer is not a plain vision transformer"):
+        take_apart(QFormer(QUERIES))
+    registers = Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**{**SIZES, "mlp_ratio": 2}))
+    with pytest.raises(ModelError, match="Dinov2WithRegistersModel is not a plain"):
+        take_apart(registers)
+
+
+def test_normalisation_is_clips_own() -> None:
+    processor = CLIPImageProcessorPil()
+    model = tokenizer(random=False)
+    assert model.clip_mean.flatten().tolist() == pytest.approx(list(processor.image_mean), abs=1e-7)
+    assert model.clip_std.flatten().tolist() == pytest.approx(list(processor.image_std), abs=1e-7)
 
 
 def test_outputs_carry_the_positions() -> None:
@@ -249,6 +280,21 @@ def test_images_of_a_batch_do_not_mix() -> None:
     torch.testing.assert_close(together.tokens[1:2], alone.tokens, rtol=1e-4, atol=1e-5)
     for many, one in zip(together.features, alone.features, strict=True):
         torch.testing.assert_close(many[1:2], one, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+def test_bfloat16_stays_near_single_precision(autocast: bool) -> None:
+    model = tokenizer()
+    images = torch.rand(1, 3, 32, 32)
+    with torch.no_grad():
+        exact = model(images)
+        if not autocast:
+            model.bfloat16()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            rough = model(images)
+    for got, expected in zip((rough.tokens, *rough.features), (exact.tokens, *exact.features), strict=True):
+        error = (got.float() - expected).square().mean().sqrt() / expected.square().mean().sqrt()
+        assert error < 0.05
 
 
 def test_every_parameter_learns() -> None:

@@ -1,16 +1,18 @@
 """The Vision Transformer that the adapter walks: patch embedding, positions, first norm and a list of layers.
 
 Place in the flow: first stop of an image inside ``vision``. No final norm and no pooling: the layers' raw output goes
-on. The layers are those of the transformers library. Source: Dosovitskiy et al. 2021; Radford et al. 2021 (CLIP, with
-its norm before the first layer); architecture section 2.
+on. Patch embedding and layers are those of the transformers library, and any of its plain vision transformers will do
+(:func:`take_apart`); the released model's is CLIP ViT-L/14. Source: Dosovitskiy et al. 2021; Radford et al. 2021 (CLIP,
+with its norm before the first layer); architecture sections 2 and 10.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from transformers import CLIPVisionConfig, CLIPVisionModel
+from transformers import CLIPVisionConfig, CLIPVisionModel, PreTrainedModel
 
+from mmi_engine.errors import ModelError
 from mmi_engine.model.config import VisionConfig
 from mmi_engine.model.positions import interpolate_position_embedding
 
@@ -40,7 +42,8 @@ class Trunk(nn.Module):
         self.position_embedding = position_embedding
         self.pre_norm = pre_norm
         self.layers = layers
-        self.prefix = 0 if class_embedding is None else class_embedding.numel() // position_embedding.shape[-1]
+        self.channels = position_embedding.shape[-1]
+        self.prefix = 0 if class_embedding is None else class_embedding.numel() // self.channels
 
     def embed(self, pixels: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """First hidden states of normalised images.
@@ -62,25 +65,53 @@ class Trunk(nn.Module):
         return self.pre_norm(hidden + positions), grid
 
 
+def take_apart(model: PreTrainedModel) -> Trunk:
+    """The trunk inside a plain vision transformer of the transformers library, sharing its memory.
+
+    Args:
+        model: CLIP or SigLIP vision model, ViT, DINOv2 …: convolutional patches, learnt absolute positions, at most
+            one class token and no other, layers called as ``layer(hidden, mask)``. Its final norm, pooling and head
+            are left behind.
+
+    Raises:
+        ModelError: the model is built otherwise.
+    """
+    embeddings = getattr(model, "embeddings", None)
+    patches = getattr(embeddings, "patch_embeddings", None)
+    patches = getattr(patches, "projection", None) or getattr(embeddings, "patch_embedding", None)
+    positions = getattr(embeddings, "position_embeddings", None)
+    if positions is None:
+        positions = getattr(getattr(embeddings, "position_embedding", None), "weight", None)
+    holder = getattr(model, "encoder", model)
+    layers = getattr(holder, "layers", None) or getattr(holder, "layer", None)
+    more_tokens = any(hasattr(embeddings, name) for name in ("register_tokens", "distillation_token"))
+    plain = isinstance(patches, nn.Conv2d) and isinstance(positions, nn.Parameter) and layers is not None
+    if more_tokens or not plain:
+        raise ModelError(
+            f"{type(model).__name__} is not a plain vision transformer with learnt absolute positions",
+            remedy="use a CLIP, SigLIP, ViT or DINOv2 vision model",
+        )
+    if positions.ndim == 3:
+        positions = nn.Parameter(positions.detach()[0], requires_grad=positions.requires_grad)
+    class_token = getattr(embeddings, "class_embedding", getattr(embeddings, "cls_token", None))
+    if class_token is not None and class_token.ndim != 1:
+        class_token = nn.Parameter(class_token.detach().flatten(), requires_grad=class_token.requires_grad)
+    return Trunk(patches, class_token, positions, getattr(model, "pre_layrnorm", nn.Identity()), layers)
+
+
 def clip_trunk(config: VisionConfig) -> Trunk:
     """A freshly initialised CLIP vision transformer of the sizes in ``config``, in pieces."""
-    clip = CLIPVisionModel(
-        CLIPVisionConfig(
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            num_hidden_layers=config.num_layers,
-            num_attention_heads=config.num_heads,
-            image_size=config.image_size,
-            patch_size=config.patch_size,
-            hidden_act=config.hidden_act,
-            layer_norm_eps=config.layer_norm_eps,
+    return take_apart(
+        CLIPVisionModel(
+            CLIPVisionConfig(
+                hidden_size=config.hidden_size,
+                intermediate_size=config.intermediate_size,
+                num_hidden_layers=config.num_layers,
+                num_attention_heads=config.num_heads,
+                image_size=config.image_size,
+                patch_size=config.patch_size,
+                hidden_act=config.hidden_act,
+                layer_norm_eps=config.layer_norm_eps,
+            )
         )
-    )
-    embeddings = clip.embeddings
-    return Trunk(
-        embeddings.patch_embedding,
-        embeddings.class_embedding,
-        embeddings.position_embedding.weight,
-        clip.pre_layrnorm,
-        clip.encoder.layers,
     )

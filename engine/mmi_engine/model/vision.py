@@ -4,8 +4,8 @@
                                                                                       └─ last hidden states ─ Linear,
         LayerNorm, + positions, LayerNorm ─ Q-Former ─ Linear ─ tokens [N, queries, d]
 
-The trunk's class token is read by the Q-Former like a patch and has a zero position. The four feature maps have 4, 2, 1
-and ½ times the patch grid's sides. Source: paper section 3.2; architecture section 2.
+The trunk's class token (if it has one) is read by the Q-Former like a patch and has a zero position. The four feature
+maps have 4, 2, 1 and ½ times the patch grid's sides. Source: paper section 3.2; architecture section 2.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from mmi_engine.model.adapter import ViTAdapter, to_map
 from mmi_engine.model.config import VisionConfig
 from mmi_engine.model.positions import interpolate_position_embedding, resize_grid, sincos_2d
 from mmi_engine.model.resampler import QFormer
-from mmi_engine.model.trunk import clip_trunk
+from mmi_engine.model.trunk import Trunk, clip_trunk
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -51,16 +51,27 @@ class VisualTokenizer(nn.Module):
         config: sizes of trunk and adapter.
         resampler: Q-Former that reads ``config.hidden_size`` channels.
         d_llm: width of the language model.
+        trunk: a trunk of the sizes in ``config``; ``None`` makes a fresh CLIP vision transformer.
+        mean, std: normalisation per colour channel that the trunk was trained with.
 
     Raises:
-        ValueError: the resampler reads another width.
+        ValueError: resampler or trunk have another width.
     """
 
     clip_mean: Tensor
     clip_std: Tensor
     positions: Tensor
 
-    def __init__(self, config: VisionConfig, resampler: QFormer, d_llm: int) -> None:
+    def __init__(
+        self,
+        config: VisionConfig,
+        resampler: QFormer,
+        d_llm: int,
+        *,
+        trunk: Trunk | None = None,
+        mean: tuple[float, float, float] = CLIP_MEAN,
+        std: tuple[float, float, float] = CLIP_STD,
+    ) -> None:
         super().__init__()
         channels = config.hidden_size
         if resampler.config.encoder_hidden_size != channels:
@@ -68,9 +79,11 @@ class VisualTokenizer(nn.Module):
                 f"the visual resampler reads {resampler.config.encoder_hidden_size} channels, the trunk has {channels}"
             )
         self.config = config
-        self.register_buffer("clip_mean", torch.tensor(CLIP_MEAN).view(1, 3, 1, 1))
-        self.register_buffer("clip_std", torch.tensor(CLIP_STD).view(1, 3, 1, 1))
-        self.trunk = clip_trunk(config)
+        self.trunk = clip_trunk(config) if trunk is None else trunk
+        if self.trunk.channels != channels:
+            raise ValueError(f"the trunk has {self.trunk.channels} channels, its configuration says {channels}")
+        self.register_buffer("clip_mean", torch.tensor(mean).view(1, 3, 1, 1))
+        self.register_buffer("clip_std", torch.tensor(std).view(1, 3, 1, 1))
         self.adapter = ViTAdapter(
             channels,
             config.num_heads,
