@@ -39,25 +39,32 @@ _AT00, _AT01, _AT10, _AT11, _C00, _C01, _C10, _C11 = (np.uint64(i * _CHUNK) for 
 _FX, _FY, _LEFT, _RIGHT, _TOP, _BOTTOM, _INSIDE = (np.uint64(i * _CHUNK) for i in range(8, 15))
 _DOT00, _DOT01, _DOT10, _DOT11 = (np.uint64(i * _CHUNK) for i in range(15, 19))
 _ROWS = 19
+_OPTIONS = {"nogil": True, "fastmath": {"reassoc", "contract", "nsz"}, "error_model": "numpy"}
 
 
 def _compile(function: Any) -> Any:
     """njit without the GIL, cached on disk: beside this file, else in the user's cache, else not at all."""
-    options = {"nogil": True, "fastmath": {"reassoc", "contract", "nsz"}, "error_model": "numpy"}
     try:
-        return njit(cache=True, **options)(function)
+        return njit(cache=True, **_OPTIONS)(function)
     except RuntimeError:  # no writable place for a cache (read-only install without a home)
-        return njit(**options)(function)
+        return njit(**_OPTIONS)(function)
 
 
-@_compile
+def _inline(function: Any) -> Any:
+    """A part of the two entry points: merged into them, since a call would count references of every array it passes."""
+    return njit(inline="always", **_OPTIONS)(function)
+
+
+@_inline
 def _place(locations, weights, first, count, slots, slot, samples, scratch):
     """Fills rows _AT00 … _INSIDE of scratch for samples [first, first + count), the query's slots from `slot` on."""
+    first, slot, samples = np.uint64(first), np.uint64(slot), np.uint64(samples)
     for i in range(count):
-        width, height = slots[slot + i], slots[samples + slot + i]
-        start = slots[2 * samples + slot + i]
-        x = locations[2 * (first + i)] * width - _HALF
-        y = locations[2 * (first + i) + 1] * height - _HALF
+        k = np.uint64(i)
+        at, of_slot = first + k, slot + k
+        width, height, start = slots[of_slot], slots[samples + of_slot], slots[samples + samples + of_slot]
+        x = locations[at + at] * width - _HALF
+        y = locations[at + at + np.uint64(1)] * height - _HALF
         outside = (x <= -_ONE) | (y <= -_ONE) | (x >= width) | (y >= height)
         column, row = np.floor(x), np.floor(y)
         # comparisons with NaN are false, so a NaN location reads position 0 and carries the NaN in its fractions
@@ -69,12 +76,11 @@ def _place(locations, weights, first, count, slots, slot, samples, scratch):
         column1 = column1 if column1 < width else width - _ONE
         upper = start + (row0 if row0 < height else height - _ONE) * width
         lower = start + (row1 if row1 < height else height - _ONE) * width
-        fx, fy, weight = x - column, y - row, weights[first + i]
+        fx, fy, weight = x - column, y - row, weights[at]
         left = _ONE if column >= _ZERO else _ZERO
         right = _ONE if column + _ONE < width else _ZERO
         top = _ONE if row >= _ZERO else _ZERO
         bottom = _ONE if row + _ONE < height else _ZERO
-        k = np.uint64(i)
         scratch[_AT00 + k], scratch[_AT01 + k] = upper + column0, upper + column1
         scratch[_AT10 + k], scratch[_AT11 + k] = lower + column0, lower + column1
         scratch[_C00 + k], scratch[_C01 + k] = (
@@ -90,13 +96,13 @@ def _place(locations, weights, first, count, slots, slot, samples, scratch):
         scratch[_INSIDE + k] = _ZERO if outside else _ONE
 
 
-@_compile
+@_inline
 def _address(base, position, stride):
     # through a signed integer, which CPUs convert in one instruction; unsigned, so numba omits its test for negatives
     return np.uint64(base + np.int64(position) * stride)
 
 
-@_compile
+@_inline
 def _copy_lane(source, at, stride, target, target_at, target_stride, positions, dim):
     """target[target_at + i · target_stride + d] = source[at + i · stride + d] for i < positions, d < dim."""
     for i in range(positions):
@@ -135,16 +141,16 @@ def sample_lanes(value, locations, weights, slots, out, sizes, pack, first, last
                 _gather(maps, base, stride, weights, row * samples + slot, count, scratch, out, row * dim, dim)
 
 
-@_compile
+@_inline
 def _gather(maps, base, stride, weights, first, count, scratch, out, out_at, dim):
     """out[out_at : out_at + dim] += the placed samples, weighted."""
-    out_at, whole = np.uint64(out_at), dim // 16 * 16
+    first, out_at, whole = np.uint64(first), np.uint64(out_at), dim // 16 * 16
     for start in range(0, whole, 16):
         at, into = base + start, out_at + np.uint64(start)
         total, lower = load16(out, into), zero16()  # two sums, for the CPU to work on side by side
         for i in range(count):
             k = np.uint64(i)
-            if scratch[_INSIDE + k] == _ZERO or weights[first + i] == _ZERO:
+            if scratch[_INSIDE + k] == _ZERO or weights[first + k] == _ZERO:
                 continue
             total = fma16(scratch[_C00 + k], load16(maps, _address(at, scratch[_AT00 + k], stride)), total)
             lower = fma16(scratch[_C10 + k], load16(maps, _address(at, scratch[_AT10 + k], stride)), lower)
@@ -155,7 +161,7 @@ def _gather(maps, base, stride, weights, first, count, scratch, out, out_at, dim
         at, into = base + d, out_at + np.uint64(d)
         for i in range(count):
             k = np.uint64(i)
-            if scratch[_INSIDE + k] == _ZERO or weights[first + i] == _ZERO:
+            if scratch[_INSIDE + k] == _ZERO or weights[first + k] == _ZERO:
                 continue
             out[into] += (
                 scratch[_C00 + k] * maps[_address(at, scratch[_AT00 + k], stride)]
@@ -204,7 +210,7 @@ def sample_lanes_backward(
             _copy_lane(packed_grad, 0, dim, grad_value, (n * positions * heads + h) * dim, heads * dim, positions, dim)
 
 
-@_compile
+@_inline
 def _scatter(maps, grad_maps, base, stride, count, scratch, grad_out, grad_at, dim, want_value):
     """Dot products of the corners with grad_out into rows _DOT00 … _DOT11, and grad_out spread over grad_maps."""
     grad_at, whole = np.uint64(grad_at), dim // 16 * 16
@@ -242,18 +248,20 @@ def _scatter(maps, grad_maps, base, stride, count, scratch, grad_out, grad_at, d
         scratch[_DOT00 + k], scratch[_DOT01 + k], scratch[_DOT10 + k], scratch[_DOT11 + k] = dot00, dot01, dot10, dot11
 
 
-@_compile
+@_inline
 def _fold(weights, first, count, slots, slot, samples, scratch, grad_locations, grad_weights):
     """Dot products and fractions of the placed samples → their gradients of weight and location."""
+    first, slot, samples = np.uint64(first), np.uint64(slot), np.uint64(samples)
     for i in range(count):
         k = np.uint64(i)
-        fx, fy, weight = scratch[_FX + k], scratch[_FY + k], weights[first + i]
+        at, of_slot = first + k, slot + k
+        fx, fy, weight = scratch[_FX + k], scratch[_FY + k], weights[at]
         dot00 = scratch[_DOT00 + k] * scratch[_LEFT + k] * scratch[_TOP + k]
         dot01 = scratch[_DOT01 + k] * scratch[_RIGHT + k] * scratch[_TOP + k]
         dot10 = scratch[_DOT10 + k] * scratch[_LEFT + k] * scratch[_BOTTOM + k]
         dot11 = scratch[_DOT11 + k] * scratch[_RIGHT + k] * scratch[_BOTTOM + k]
         upper, lower = dot00 * (_ONE - fx) + dot01 * fx, dot10 * (_ONE - fx) + dot11 * fx
         slope = (dot01 - dot00) * (_ONE - fy) + (dot11 - dot10) * fy
-        grad_weights[first + i] = upper * (_ONE - fy) + lower * fy
-        grad_locations[2 * (first + i)] = slope * weight * slots[slot + i]
-        grad_locations[2 * (first + i) + 1] = (lower - upper) * weight * slots[samples + slot + i]
+        grad_weights[at] = upper * (_ONE - fy) + lower * fy
+        grad_locations[at + at] = slope * weight * slots[of_slot]
+        grad_locations[at + at + np.uint64(1)] = (lower - upper) * weight * slots[samples + of_slot]
