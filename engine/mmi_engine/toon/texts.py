@@ -1,8 +1,8 @@
 """Sentences about scenes, and attributes read back from sentences.
 
 Place in the flow: the language side of the truth; `dataset` writes these, `score` parses generated captions with
-parse_text. All functions are deterministic in (scene, rng state). Plain English, short, a small vocabulary, several forms
-per fact. Boxes are xyxy in px (x2, y2 exclusive), taken from the semantic map, so they enclose what is visible.
+parse_text. All functions are deterministic in (scene, rng state). Plain English, short, a small vocabulary, several
+forms per fact. Boxes are xyxy in px (x2, y2 exclusive), taken from the semantic map: they enclose what is visible.
 """
 
 from __future__ import annotations

@@ -1,0 +1,173 @@
+"""The oracle's eyesight: colour distances, the place, the number field, the digits, the shirt's colour.
+
+Place in the flow: first half of `oracle.read`. A View is a softened picture in CIE L*a*b*, [128, 128, 3].
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from mmi_engine.toon import templates as t
+from mmi_engine.toon.canvas import SIZE
+from mmi_engine.toon.palette import DIGIT, PLATE, SHIRT
+from mmi_engine.toon.world import SIDES
+
+UNREADABLE = "unreadable"
+CLIP = 40.0  # colour distances above this count alike: an occluder must not outvote the rest
+SCALES = (0.88, 0.91, 0.94, 0.97, 1.0)
+
+
+@dataclass(frozen=True)
+class View:
+    """A picture prepared for reading: softened L*a*b* [128, 128, 3] and its thumbnail [32, 32, 3]."""
+
+    lab: np.ndarray
+    small: np.ndarray
+
+    def at(self, xy: np.ndarray, x: float, y: float, scale: float) -> tuple[np.ndarray, np.ndarray]:
+        """Colours [n, 3] at points `xy` (units around (x, y) px) and which points lie inside the picture."""
+        cols = np.floor(x + xy[:, 0] * scale).astype(np.intp)
+        rows = np.floor(y + xy[:, 1] * scale).astype(np.intp)
+        inside = (cols >= 0) & (cols < SIZE) & (rows >= 0) & (rows < SIZE)
+        return self.lab[rows.clip(0, SIZE - 1), cols.clip(0, SIZE - 1)], inside
+
+
+def distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Clipped Euclidean colour distance along the last axis."""
+    d = a - b
+    return np.minimum(np.sqrt(np.einsum("...c,...c->...", d, d)), CLIP)
+
+
+def prepare(image: Image.Image) -> View:
+    picture = image.convert("RGB")
+    if picture.size != (SIZE, SIZE):
+        picture = picture.resize((SIZE, SIZE), Image.Resampling.BICUBIC)
+    return View(t.lab(t.soften(picture)), t.lab(np.asarray(picture.reduce(SIZE // t.COARSE))))
+
+
+# ---------------------------------------------------------------- place
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Best guess of place, sun side and pan (px); `clear` and `sun_clear` say whether the guess may be told."""
+
+    place: str
+    sun: str
+    pan: float
+    cost: float
+    margin: float
+    sun_margin: float
+
+    @property
+    def clear(self) -> bool:
+        """The place fits, and clearly better than any other."""
+        return self.cost < 27.0 and self.margin > 1.5
+
+    @property
+    def sun_clear(self) -> bool:
+        """The sun's side is beyond doubt."""
+        return self.clear and self.sun_margin > 1.5
+
+
+def read_place(view: View) -> Setting:
+    """Compare the picture with the eight empty places, then settle the sun's side and the pan to a pixel."""
+    keys, shots = t.thumbnails()
+    costs = distance(shots, view.small).mean(axis=(1, 2))
+    best = int(np.argmin(costs))
+    place, sun, pan = keys[best]
+    rival = min(c for c, key in zip(costs, keys, strict=True) if key[0] != place)
+    sides = {}
+    for side in SIDES:
+        ground = t.background(place, side, float(pan))
+        boxes = (slice(3, 34), slice(2, 30)), (slice(3, 34), slice(98, 126))
+        sides[side] = float(np.mean([distance(ground[b], view.lab[b]).mean() for b in boxes]))
+    sun = min(sides, key=sides.__getitem__)
+    offsets = {p: float(distance(t.background(place, sun, float(p)), view.lab).mean()) for p in range(pan - 1, pan + 2)}
+    pan = min(offsets, key=offsets.__getitem__)
+    margin = abs(sides["left"] - sides["right"])
+    return Setting(place, sun, float(pan), float(costs[best]), float(rival - costs[best]), margin)
+
+
+# ---------------------------------------------------------------- number field
+
+
+def _box_sum(table: np.ndarray, x0: np.ndarray, y0: np.ndarray, x1: np.ndarray, y1: np.ndarray) -> np.ndarray:
+    return table[y1, x1] - table[y0, x1] - table[y1, x0] + table[y0, x0]
+
+
+def find_plate(view: View) -> tuple[float, float, float, float]:
+    """Centre (px), scale and score of the best number field: white border, ink inside, another colour around."""
+    white = np.clip(1.5 - np.linalg.norm(view.lab - t.color_lab(PLATE), axis=-1) / 20.0, 0.0, 1.0)
+    dark = np.clip(1.5 - np.linalg.norm(view.lab - t.color_lab(DIGIT), axis=-1) / 24.0, 0.0, 1.0)
+    tables = []
+    for plane in (white, dark):
+        table = np.zeros((SIZE + 1, SIZE + 1), np.float32)
+        table[1:, 1:] = plane.cumsum(0).cumsum(1)
+        tables.append(table)
+    best = (0.0, 0.0, 1.0, -1.0)
+    half_w, half_h = t.plate_half()
+    for scale in SCALES:
+        w, h = round(2 * half_w * scale), round(2 * half_h * scale)
+        ys, xs = np.mgrid[3 : SIZE - h - 2, 3 : SIZE - w - 2]
+        outer = _box_sum(tables[0], xs - 3, ys - 3, xs + w + 3, ys + h + 3)
+        field_ = _box_sum(tables[0], xs, ys, xs + w, ys + h)
+        inner = _box_sum(tables[0], xs + 2, ys + 2, xs + w - 2, ys + h - 2)
+        ring = (field_ - inner) / (w * h - (w - 4) * (h - 4))
+        rim = (outer - field_) / ((w + 6) * (h + 6) - w * h)
+        ink = _box_sum(tables[1], xs + 2, ys + 2, xs + w - 2, ys + h - 2) / ((w - 4) * (h - 4))
+        score = ring - 1.2 * rim + 1.5 * np.minimum(ink, 0.25) + 0.6 * field_ / (w * h)
+        row, col = np.unravel_index(int(np.argmax(score)), score.shape)
+        if score[row, col] > best[3]:
+            best = (col + 3 + w / 2, row + 3 + h / 2, scale, float(score[row, col]))
+    return best
+
+
+def read_digits(view: View, x: float, y: float, zoom: float, centres: tuple[float, ...]) -> list[int | None]:
+    """Digits at the given centres (units right of (x, y) px; zoom px per unit); None where no digit is clear."""
+    hw, hh = t.DIGIT_WINDOW
+    rows, cols = round(hh * t.GRID), round(hw * t.GRID)
+    us = (np.arange(-cols, cols) + 0.5) / t.GRID
+    vs = (np.arange(-rows, rows) + 0.5) / t.GRID
+    bank = t.digits().reshape(10, -1)
+    out: list[int | None] = []
+    for centre in centres:
+        scores = np.full(10, -1.0)
+        for dy in (-1.5, -0.75, 0.0, 0.75, 1.5):
+            for dx in (-1.5, -0.75, 0.0, 0.75, 1.5):
+                px = x + (centre + us + dx) * zoom - 0.5
+                py = y + (vs + dy) * zoom - 0.5
+                patch = -_bilinear(view.lab[..., 0], px, py).ravel()
+                patch = patch - patch.mean()
+                scores = np.maximum(scores, bank @ patch / (np.linalg.norm(patch) + 1e-6))
+        order = np.argsort(scores)
+        clear = scores[order[-1]] > 0.6 and scores[order[-1]] - scores[order[-2]] > 0.015
+        out.append(int(order[-1]) if clear else None)
+    return out
+
+
+def _bilinear(plane: np.ndarray, px: np.ndarray, py: np.ndarray) -> np.ndarray:
+    """Values of plane [h, w] at the grid of columns px and rows py (pixel centres at integers), edges repeated."""
+    x, y = px.clip(0, SIZE - 1.001), py.clip(0, SIZE - 1.001)
+    x0, y0 = x.astype(np.intp), y.astype(np.intp)
+    fx, fy = (x - x0)[None, :], (y - y0)[:, None]
+    top = plane[np.ix_(y0, x0)] * (1 - fx) + plane[np.ix_(y0, x0 + 1)] * fx
+    low = plane[np.ix_(y0 + 1, x0)] * (1 - fx) + plane[np.ix_(y0 + 1, x0 + 1)] * fx
+    return top * (1 - fy) + low * fy
+
+
+def read_shirt(view: View, x: float, y: float, scale: float) -> tuple[str, float]:
+    """Shirt colour from the strips beside the number field and above it, and its margin over the second best."""
+    half_w, half_h = t.plate_half()
+    side = [(sign * (half_w + d), v) for sign in (-1, 1) for d in (1.2, 1.9, 2.6) for v in np.arange(-9, 10, 1.0)]
+    below = [(u, half_h + d) for d in (1.1, 1.7) for u in np.arange(-12, 13, 1.0)]
+    colors, inside = view.at(np.array(side + below), x, y, scale)
+    names = list(SHIRT)
+    palette = np.stack([t.color_lab(SHIRT[name]) for name in names])
+    votes = np.median(distance(colors[inside][:, None], palette[None]), axis=0)
+    order = np.argsort(votes)
+    margin = float(votes[order[1]] - votes[order[0]])
+    return (names[order[0]] if votes[order[0]] < 30 and margin > 3.0 else UNREADABLE), margin
