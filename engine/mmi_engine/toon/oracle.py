@@ -27,6 +27,7 @@ from mmi_engine.toon.sight import (
     View,
     distance,
     find_plate,
+    flatten,
     prepare,
     read_digits,
     read_place,
@@ -38,7 +39,7 @@ from mmi_engine.toon.world import ACTIONS, CHARACTERS, HATS, PROPS, Prop, Scene
 
 @dataclass(frozen=True)
 class Reading:
-    """What a picture shows. Strings are a value of the world or "unreadable"; number and digit are ints or "unreadable".
+    """What a picture shows. Strings are a value of the world or "unreadable"; numbers are ints or "unreadable".
 
     props: "colour kind", sorted, or "unreadable". scene: the reconstruction, None if there is no figure. box: the main
     character, xyxy px, None likewise. fit: mean colour distance of the explanation, for diagnosis.
@@ -70,10 +71,10 @@ def _figure_cost(view: View, pair: tuple[str, str], shirt: np.ndarray, x: float,
     """Mean colour distance of a figure (character, action) around its number field at (x, y) px; head and limbs count
     alike, points outside the picture count as misses."""
     points, wears, head = t.figure(*pair)
-    colors, inside = view.at(points.xy, x, y, scale)
-    cost = distance(colors, np.where(wears[:, None], shirt, points.colors))
-    cost = np.where(inside, cost, CLIP)
-    return float(0.5 * cost[head].mean() + 0.5 * cost[~head].mean())
+    cost = distance(view.at(points.xy, x, y, scale), np.where(wears[:, None], shirt, points.colors))
+    split = int(np.count_nonzero(head))
+    of_head = float(cost @ head)
+    return 0.5 * of_head / split + 0.5 * (float(cost.sum()) - of_head) / (len(cost) - split)
 
 
 def _read_figure(view: View, shirt: np.ndarray, x: float, y: float, scale: float) -> tuple[Scene, dict[str, float]]:
@@ -111,14 +112,12 @@ def _read_hat(view: View, scene: Scene, ground: np.ndarray) -> tuple[str, float]
     pose = POSES[scene.action]
     x = scene.x + pose.head[0] * scene.scale
     y = scene.y + (pose.head[1] - pose.lift) * scene.scale
-    empty = View(ground, view.small)
+    pair = replace(view, flat=flatten(view.lab, ground))
     costs = []
     for hat in HATS:
         points = t.headdress(scene.character, pose.asleep, hat)
-        colors, inside = view.at(points.xy, x, y, scene.scale)
-        behind, _ = empty.at(points.xy, x, y, scene.scale)
-        expected = points.colors * points.alpha[:, None] + behind * (1.0 - points.alpha[:, None])
-        costs.append(float(distance(colors[inside], expected[inside]).mean()))
+        colors = pair.at(points.xy, x, y, scene.scale)
+        costs.append(float(distance(colors[:, :3], points.over(colors[:, 3:])).mean()))
     order = np.argsort(costs)
     return HATS[order[0]], costs[order[1]] - costs[order[0]]
 
@@ -187,22 +186,21 @@ def _spans(mask: np.ndarray, scene: Scene) -> list[tuple[int, int]]:
     return [span for span in spans if columns[span[0] : span[1]].sum() >= 60]
 
 
-def _prop_cost(view: View, empty: View, prop: Prop) -> float:
+def _prop_cost(pair: View, prop: Prop) -> float:
+    """Mean colour distance of a prop drawn over the reconstruction; `pair` holds picture and reconstruction."""
     points, _ = t.prop_points(prop.kind, prop.color)
-    colors, inside = view.at(points.xy, prop.x, prop.y, prop.size)
-    behind, _ = empty.at(points.xy, prop.x, prop.y, prop.size)
-    expected = points.colors * points.alpha[:, None] + behind * (1.0 - points.alpha[:, None])
-    return float(distance(colors[inside], expected[inside]).mean())
+    colors = pair.at(points.xy, prop.x, prop.y, prop.size)
+    return float(distance(colors[:, :3], points.over(colors[:, 3:])).mean())
 
 
-def _read_prop(view: View, empty: View, mask: np.ndarray, span: tuple[int, int]) -> tuple[Prop, float, float]:
+def _read_prop(pair: View, mask: np.ndarray, span: tuple[int, int]) -> tuple[Prop, float, float]:
     """The prop within a column span, its fit and its margin over any other kind or colour."""
     part = np.zeros_like(mask)
     part[:, span[0] : span[1]] = mask[:, span[0] : span[1]]
     rows = np.flatnonzero(part.sum(axis=1) >= 2)
     top, middle = float(rows[0]), (span[0] + span[1]) / 2
     palette = np.stack([t.color_lab(c) for c in THING.values()])
-    near = distance(view.lab[part][:, None], palette[None])
+    near = distance(pair.lab[part][:, None], palette[None])
     votes = np.bincount(near.argmin(axis=1)[near.min(axis=1) < 24.0], minlength=len(THING))
     names = [list(THING)[k] for k in np.argsort(-votes)[:2]]
     trials = []
@@ -211,7 +209,7 @@ def _read_prop(view: View, empty: View, mask: np.ndarray, span: tuple[int, int])
             _, (x0, y0, x1, _) = t.prop_points(kind, color)
             for size in (25.5, 28.5, 31.5):
                 prop = Prop(kind, color, middle - (x0 + x1) / 2 * size, top - y0 * size, size)
-                trials.append((_prop_cost(view, empty, prop), prop))
+                trials.append((_prop_cost(pair, prop), prop))
     trials.sort(key=lambda trial: trial[0])
     best: dict[tuple[str, str], tuple[float, Prop]] = {}
     for cost, prop in trials[:6]:
@@ -231,7 +229,7 @@ def _read_prop(view: View, empty: View, mask: np.ndarray, span: tuple[int, int])
                 (0, -1, -1),
             ):
                 moved = Prop(base.kind, base.color, base.x + dx * step, base.y + dy * step, base.size + ds * step)
-                trial = _prop_cost(view, empty, moved)
+                trial = _prop_cost(pair, moved)
                 if trial < cost:
                     cost, prop = trial, moved
         best[key] = (cost, prop)
@@ -244,10 +242,10 @@ def _read_props(view: View, scene: Scene) -> tuple[tuple[Prop, ...], bool, dict[
     """All props of a located figure's scene; whether every one of them is clear; fits."""
     expected = t.lab(t.soften(render(scene)))
     mask = _unexplained(view, expected, scene)
-    empty = View(expected, view.small)
+    pair = replace(view, flat=flatten(view.lab, expected))
     props, clear, fits = [], True, {}
     for k, span in enumerate(_spans(mask, scene)):
-        prop, cost, margin = _read_prop(view, empty, mask, span)
+        prop, cost, margin = _read_prop(pair, mask, span)
         if prop.kind == "sign":
             (value,) = read_digits(view, prop.x, prop.y - 0.6 * prop.size, 0.029 * prop.size, (0.0,))
             prop = Prop(prop.kind, prop.color, prop.x, prop.y, prop.size, value or 0)
@@ -312,7 +310,7 @@ def _shirt_color(view: View, shirt: str, x: float, y: float, scale: float) -> np
     """The shirt's L*a*b*: of the palette, or, where unreadable, as seen beside the number field."""
     if shirt != UNREADABLE:
         return t.color_lab(SHIRT[shirt])
-    colors, _ = view.at(np.array([(u, v) for u in (-17.3, 17.3) for v in range(-8, 9)]), x, y, scale)
+    colors = view.at(np.array([(u, v) for u in (-17.3, 17.3) for v in range(-8, 9)], np.float32), x, y, scale)
     return np.median(colors, axis=0)
 
 

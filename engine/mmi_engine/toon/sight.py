@@ -17,35 +17,47 @@ from mmi_engine.toon.world import SIDES
 
 UNREADABLE = "unreadable"
 CLIP = 40.0  # colour distances above this count alike: an occluder must not outvote the rest
+MARGIN = 64  # px around the picture in which points may still lie
+WIDE = SIZE + 2 * MARGIN
+NOWHERE = 1000.0  # a "colour" far from all others
 SCALES = (0.88, 0.91, 0.94, 0.97, 1.0)
 
 
 @dataclass(frozen=True)
 class View:
-    """A picture prepared for reading: softened L*a*b* [128, 128, 3] and its thumbnail [32, 32, 3]."""
+    """A picture prepared for reading: softened L*a*b* [128, 128, 3], its thumbnail [32, 32, 3], and the flat colours
+    [(128 + 2 MARGIN)², C] of the picture within a margin of NOWHERE."""
 
     lab: np.ndarray
     small: np.ndarray
+    flat: np.ndarray
 
-    def at(self, xy: np.ndarray, x: float, y: float, scale: float) -> tuple[np.ndarray, np.ndarray]:
-        """Colours [n, 3] at points `xy` (units around (x, y) px) and which points lie inside the picture."""
-        cols = np.floor(x + xy[:, 0] * scale).astype(np.intp)
-        rows = np.floor(y + xy[:, 1] * scale).astype(np.intp)
-        inside = (cols >= 0) & (cols < SIZE) & (rows >= 0) & (rows < SIZE)
-        return self.lab[rows.clip(0, SIZE - 1), cols.clip(0, SIZE - 1)], inside
+    def at(self, xy: np.ndarray, x: float, y: float, scale: float) -> np.ndarray:
+        """Colours [n, C] at points `xy` [n, 2] (units around (x, y) px); NOWHERE outside the picture."""
+        where = (xy * np.float32(scale) + np.array([x + MARGIN, y + MARGIN], np.float32)).astype(np.int32)
+        return self.flat.take(where[:, 1] * WIDE + where[:, 0], axis=0, mode="clip")
+
+
+def flatten(*pictures: np.ndarray) -> np.ndarray:
+    """L*a*b* pictures [128, 128, 3] side by side in the channels, framed by NOWHERE, flat [(128 + 2 MARGIN)², C]."""
+    frame = ((MARGIN, MARGIN), (MARGIN, MARGIN), (0, 0))
+    joined = np.pad(np.concatenate(pictures, axis=-1), frame, constant_values=NOWHERE)
+    return joined.reshape(WIDE * WIDE, -1)
 
 
 def distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Clipped Euclidean colour distance along the last axis."""
     d = a - b
-    return np.minimum(np.sqrt(np.einsum("...c,...c->...", d, d)), CLIP)
+    d *= d
+    return np.minimum(np.sqrt(d[..., 0] + d[..., 1] + d[..., 2]), CLIP)
 
 
 def prepare(image: Image.Image) -> View:
     picture = image.convert("RGB")
     if picture.size != (SIZE, SIZE):
         picture = picture.resize((SIZE, SIZE), Image.Resampling.BICUBIC)
-    return View(t.lab(t.soften(picture)), t.lab(np.asarray(picture.reduce(SIZE // t.COARSE))))
+    soft = t.lab(t.soften(picture))
+    return View(soft, t.lab(np.asarray(picture.reduce(SIZE // t.COARSE))), flatten(soft))
 
 
 # ---------------------------------------------------------------- place
@@ -95,8 +107,13 @@ def read_place(view: View) -> Setting:
 # ---------------------------------------------------------------- number field
 
 
-def _box_sum(table: np.ndarray, x0: np.ndarray, y0: np.ndarray, x1: np.ndarray, y1: np.ndarray) -> np.ndarray:
-    return table[y1, x1] - table[y0, x1] - table[y1, x0] + table[y0, x0]
+def _windows(table: np.ndarray, inset: int, w: int, h: int) -> np.ndarray:
+    """Sums over every h × w window shrunk by `inset` on all sides (grown where negative), from a summed-area table;
+    windows start 3 px or more inside the picture."""
+    rows, cols = SIZE - h - 5, SIZE - w - 5
+    y0, x0, y1, x1 = 3 + inset, 3 + inset, 3 + h - inset, 3 + w - inset
+    corner = [table[y : y + rows, x : x + cols] for y, x in ((y1, x1), (y0, x1), (y1, x0), (y0, x0))]
+    return corner[0] - corner[1] - corner[2] + corner[3]
 
 
 def find_plate(view: View) -> tuple[float, float, float, float]:
@@ -112,13 +129,10 @@ def find_plate(view: View) -> tuple[float, float, float, float]:
     half_w, half_h = t.plate_half()
     for scale in SCALES:
         w, h = round(2 * half_w * scale), round(2 * half_h * scale)
-        ys, xs = np.mgrid[3 : SIZE - h - 2, 3 : SIZE - w - 2]
-        outer = _box_sum(tables[0], xs - 3, ys - 3, xs + w + 3, ys + h + 3)
-        field_ = _box_sum(tables[0], xs, ys, xs + w, ys + h)
-        inner = _box_sum(tables[0], xs + 2, ys + 2, xs + w - 2, ys + h - 2)
+        outer, field_, inner = (_windows(tables[0], inset, w, h) for inset in (-3, 0, 2))
         ring = (field_ - inner) / (w * h - (w - 4) * (h - 4))
         rim = (outer - field_) / ((w + 6) * (h + 6) - w * h)
-        ink = _box_sum(tables[1], xs + 2, ys + 2, xs + w - 2, ys + h - 2) / ((w - 4) * (h - 4))
+        ink = _windows(tables[1], 2, w, h) / ((w - 4) * (h - 4))
         score = ring - 1.2 * rim + 1.5 * np.minimum(ink, 0.25) + 0.6 * field_ / (w * h)
         row, col = np.unravel_index(int(np.argmax(score)), score.shape)
         if score[row, col] > best[3]:
@@ -130,19 +144,17 @@ def read_digits(view: View, x: float, y: float, zoom: float, centres: tuple[floa
     """Digits at the given centres (units right of (x, y) px; zoom px per unit); None where no digit is clear."""
     hw, hh = t.DIGIT_WINDOW
     rows, cols = round(hh * t.GRID), round(hw * t.GRID)
-    us = (np.arange(-cols, cols) + 0.5) / t.GRID
-    vs = (np.arange(-rows, rows) + 0.5) / t.GRID
+    reach = 3  # shifts tried, in samples either way
+    us = (np.arange(-cols - reach, cols + reach) + 0.5) / t.GRID
+    vs = (np.arange(-rows - reach, rows + reach) + 0.5) / t.GRID
     bank = t.digits().reshape(10, -1)
     out: list[int | None] = []
     for centre in centres:
-        scores = np.full(10, -1.0)
-        for dy in (-1.5, -0.75, 0.0, 0.75, 1.5):
-            for dx in (-1.5, -0.75, 0.0, 0.75, 1.5):
-                px = x + (centre + us + dx) * zoom - 0.5
-                py = y + (vs + dy) * zoom - 0.5
-                patch = -_bilinear(view.lab[..., 0], px, py).ravel()
-                patch = patch - patch.mean()
-                scores = np.maximum(scores, bank @ patch / (np.linalg.norm(patch) + 1e-6))
+        window = -_bilinear(view.lab[..., 0], x + (centre + us) * zoom - 0.5, y + vs * zoom - 0.5)
+        patches = np.lib.stride_tricks.sliding_window_view(window, (2 * rows, 2 * cols)).reshape(-1, bank.shape[1])
+        patches = patches - patches.mean(axis=1, keepdims=True)
+        patches /= np.linalg.norm(patches, axis=1, keepdims=True) + 1e-6
+        scores = (patches @ bank.T).max(axis=0)
         order = np.argsort(scores)
         clear = scores[order[-1]] > 0.6 and scores[order[-1]] - scores[order[-2]] > 0.015
         out.append(int(order[-1]) if clear else None)
@@ -154,9 +166,9 @@ def _bilinear(plane: np.ndarray, px: np.ndarray, py: np.ndarray) -> np.ndarray:
     x, y = px.clip(0, SIZE - 1.001), py.clip(0, SIZE - 1.001)
     x0, y0 = x.astype(np.intp), y.astype(np.intp)
     fx, fy = (x - x0)[None, :], (y - y0)[:, None]
-    top = plane[np.ix_(y0, x0)] * (1 - fx) + plane[np.ix_(y0, x0 + 1)] * fx
-    low = plane[np.ix_(y0 + 1, x0)] * (1 - fx) + plane[np.ix_(y0 + 1, x0 + 1)] * fx
-    return top * (1 - fy) + low * fy
+    top, low = plane[y0], plane[y0 + 1]
+    rows = top + (low - top) * fy
+    return rows[:, x0] * (1 - fx) + rows[:, x0 + 1] * fx
 
 
 def read_shirt(view: View, x: float, y: float, scale: float) -> tuple[str, float]:
@@ -164,10 +176,10 @@ def read_shirt(view: View, x: float, y: float, scale: float) -> tuple[str, float
     half_w, half_h = t.plate_half()
     side = [(sign * (half_w + d), v) for sign in (-1, 1) for d in (1.2, 1.9, 2.6) for v in np.arange(-9, 10, 1.0)]
     below = [(u, half_h + d) for d in (1.1, 1.7) for u in np.arange(-12, 13, 1.0)]
-    colors, inside = view.at(np.array(side + below), x, y, scale)
+    colors = view.at(np.array(side + below, np.float32), x, y, scale)
     names = list(SHIRT)
     palette = np.stack([t.color_lab(SHIRT[name]) for name in names])
-    votes = np.median(distance(colors[inside][:, None], palette[None]), axis=0)
+    votes = np.median(distance(colors[:, None], palette[None]), axis=0)
     order = np.argsort(votes)
     margin = float(votes[order[1]] - votes[order[0]])
     return (names[order[0]] if votes[order[0]] < 30 and margin > 3.0 else UNREADABLE), margin

@@ -59,6 +59,14 @@ class Points:
     colors: np.ndarray
     alpha: np.ndarray
 
+    def over(self, behind: np.ndarray) -> np.ndarray:
+        """Colours [n, 3] that the points show before the given colours."""
+        return behind + (self.colors - behind) * self.alpha[:, None]
+
+
+def _points(xy: np.ndarray, colors: np.ndarray, alpha: np.ndarray) -> Points:
+    return Points(*(np.ascontiguousarray(a, dtype=np.float32) for a in (xy, colors, alpha)))
+
 
 def _cutout(paint: object, size: int, x: float, y: float, scale: float) -> tuple[np.ndarray, np.ndarray]:
     """RGB uint8 and opacity [size, size] of what `paint(canvas)` draws with its origin at (x, y)."""
@@ -96,7 +104,8 @@ def thumbnails() -> tuple[list[tuple[str, str, int]], np.ndarray]:
 @lru_cache(maxsize=64)
 def figure(character: str, action: str) -> tuple[Points, np.ndarray, np.ndarray]:
     """A hatless figure around the centre of its number field: points on head and limbs, which of them wear the
-    shirt's colour (bool [n]), and which belong to the head (bool [n]). Where hats sit and the number field itself are left out."""
+    shirt's colour (bool [n]), and which belong to the head (bool [n]). The number field and the hat's seat are left
+    out."""
     pose = POSES[action]
     ox, oy = pose.torso[0], pose.torso[1] + 1.5
     scene = Scene(character, "snow", action, "red", 88, "none", "left", (), x=80.0 - ox, y=90.0 - oy, scale=1.0)
@@ -116,7 +125,7 @@ def figure(character: str, action: str) -> tuple[Points, np.ndarray, np.ndarray]
     red = np.linalg.norm(colors - color_lab(SHIRT["red"]), axis=1) < 12
     keep &= ~wears | red | ink
     head = labels[ys, xs] == ID["head"]
-    return Points(xy[keep], colors[keep], alpha[ys, xs][keep]), (wears & red)[keep], head[keep]
+    return _points(xy[keep], colors[keep], alpha[ys, xs][keep]), (wears & red)[keep], head[keep]
 
 
 @lru_cache(maxsize=256)
@@ -129,14 +138,14 @@ def headdress(character: str, asleep: bool, hat: str) -> Points:
         paint_hat(cv, hat)
 
     rgb, alpha = _cutout(paint, cv_size, ox, oy, 1.0)
-    ys, xs = np.mgrid[10:44, 12:68]
+    ys, xs = np.mgrid[10:44:2, 12:68:2]
     xy = np.stack([xs.ravel() + 0.5 - ox, ys.ravel() + 0.5 - oy], axis=1)
-    return Points(xy, lab(rgb[ys, xs]).reshape(-1, 3), alpha[ys, xs].ravel())
+    return _points(xy, lab(rgb[ys, xs]).reshape(-1, 3), alpha[ys, xs].ravel())
 
 
 @lru_cache(maxsize=64)
 def prop_points(kind: str, color: str) -> tuple[Points, tuple[float, float, float, float]]:
-    """A prop in its unit frame (30 × 30 samples around it) and its extent (x0, y0, x1, y1) in units. Signs show no
+    """A prop in its unit frame (22 × 22 samples around it) and its extent (x0, y0, x1, y1) in units. Signs show no
     digit."""
     side, unit = 44, 32.0
 
@@ -152,11 +161,11 @@ def prop_points(kind: str, color: str) -> tuple[Points, tuple[float, float, floa
     extent = ((xs[0] - side / 2) / unit, (ys[0] - side + 6.0) / unit,
               (xs[-1] + 1 - side / 2) / unit, (ys[-1] + 1 - side + 6.0) / unit)  # fmt: skip
     gy, gx = np.mgrid[0:side, 0:side]
-    keep = (gx + gy) % 2 == 0
+    keep = ((gx % 2) == 0) & ((gy % 2) == 0)
     if kind == "sign":  # what is written on it is read separately
         keep &= ~((np.abs(gx + 0.5 - side / 2) / unit < 0.2) & (np.abs((gy + 0.5 - side + 6.0) / unit + 0.6) < 0.28))
     xy = np.stack([(gx[keep] + 0.5 - side / 2) / unit, (gy[keep] + 0.5 - side + 6.0) / unit], axis=1)
-    return Points(xy, lab(rgb[keep]), alpha[keep]), extent
+    return _points(xy, lab(rgb[keep]), alpha[keep]), extent
 
 
 GRID = 2  # samples per unit on which digits are compared
