@@ -82,7 +82,8 @@ class MMFS(nn.Module):
     def project_values(self, features: Tensor) -> Tensor:
         """W_v F. ``features`` ``[B, M, S, d_value]`` → values ``[B, M·S, H, D]``; depends on the images only."""
         values = self.value_proj(features)
-        return values.view(features.shape[0], -1, self.config.heads, self.config.width // self.config.heads)
+        batch, images, cells = features.shape[:3]
+        return values.view(batch, images * cells, self.config.heads, self.config.width // self.config.heads)
 
     def blind(self) -> Tensor:
         """What a query gets that sees no image: W_o t, ``[d_out]``."""

@@ -1,0 +1,121 @@
+"""Picture generation: 77 context tokens and the image before → denoised latent → picture.
+
+Place in the flow: ``interleave`` (or a parity check) has run the language model; here the U-Net denoises the pictures of
+several items at once. Both halves of classifier-free guidance see the same image features, only the tokens differ.
+Every item has one random generator: it gives the initial latent and then every step's noise, so an item's picture does
+not depend on its neighbours. Source: architecture section 7; schedulers are diffusers'.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
+from torch import Tensor
+
+from mmi_engine.generate.settings import Settings
+from mmi_engine.model.config import GenerationDefaults
+from mmi_engine.model.interleaved import MMInterleaved
+
+_SCHEDULERS: dict[str, Any] = {
+    "ddpm": DDPMScheduler,
+    "ddim": DDIMScheduler,
+    "dpm++": DPMSolverMultistepScheduler,
+    "unipc": UniPCMultistepScheduler,
+}
+
+
+@dataclass
+class ImageRequest:
+    """Pictures to draw.
+
+    tokens: context tokens ``[N, 77, C]``; features: maps of the context images ``[N, M, C, h_l, w_l]``;
+    visible: ``[N, M]``; generators: one per picture.
+    """
+
+    tokens: Tensor
+    features: list[Tensor]
+    visible: Tensor
+    generators: list[torch.Generator]
+
+
+@dataclass(frozen=True)
+class Denoising:
+    """Steps, guidance and scheduler after the model's defaults have filled in what the user left open."""
+
+    steps: int
+    guidance: float
+    scheduler: str
+
+    @classmethod
+    def choose(cls, settings: Settings, defaults: GenerationDefaults) -> Denoising:
+        """User's choice before the model's."""
+        return cls(
+            settings.steps if settings.steps is not None else defaults.steps,
+            settings.guidance if settings.guidance is not None else defaults.guidance,
+            settings.scheduler if settings.scheduler is not None else defaults.scheduler,
+        )
+
+
+Observer = Callable[[str, Tensor], None]
+"""Told of intermediate tensors by name; parity checks listen."""
+
+
+@torch.no_grad()
+def denoise(
+    model: MMInterleaved, request: ImageRequest, plan: Denoising, observe: Observer = lambda name, value: None
+) -> Tensor:
+    """Scaled latents ``[N, C, h, w]`` of the requested pictures."""
+    decoder = model.image_decoder
+    batch, dtype = len(request.tokens), request.tokens.dtype
+    scheduler = make_scheduler(model, plan.scheduler)
+    scheduler.set_timesteps(plan.steps)
+    size, channels = decoder.config.vae.latent_size, decoder.config.vae.latent_channels
+    latents = torch.cat([_normal((1, channels, size, size), g) for g in request.generators]).to(model.device, dtype)
+    latents = latents * scheduler.init_noise_sigma
+    observe("init_latents", latents)
+    guided = plan.guidance != 1.0
+    vision = decoder.unet.look(request.features, request.visible)
+    tokens = request.tokens
+    if guided:
+        tokens = torch.cat([decoder.unconditional.to(dtype).expand_as(tokens), tokens])
+        vision = None if vision is None else vision.repeat(2, batch)
+    stochastic = plan.scheduler == "ddpm"
+    for index, step in enumerate(scheduler.timesteps):
+        inputs = scheduler.scale_model_input(torch.cat([latents, latents]) if guided else latents, step)
+        predicted = decoder.unet(inputs, step, tokens, vision)
+        if guided:
+            unconditional, conditional = predicted.chunk(2)
+            predicted = unconditional + plan.guidance * (conditional - unconditional)
+        if index == 0:
+            observe("first_eps_after_guidance", predicted)
+        # diffusers takes a list of generators, one per row, wherever a step draws noise.
+        noise = {"generator": request.generators} if stochastic else {}
+        latents = scheduler.step(predicted, step, latents, **noise).prev_sample
+        if index == 0:
+            observe("latents_after_step0", latents)
+    observe("final_latents", latents)
+    return latents
+
+
+def _normal(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Standard normal numbers on the generator's device."""
+    return torch.randn(shape, generator=generator, device=generator.device)
+
+
+def make_scheduler(model: MMInterleaved, name: str) -> Any:
+    """A fresh diffusers scheduler (it keeps state between steps) with the model's own noise schedule."""
+    config = dict(model.image_decoder.scheduler.config)
+    if name == "dpm++" and config.get("rescale_betas_zero_snr"):
+        # The multistep solver divides by α at the first step, which a zero-SNR schedule makes zero: trailing steps
+        # with its own final sigma keep it finite.
+        config["use_karras_sigmas"] = False
+    return _SCHEDULERS[name].from_config(config)
+
+
+def to_images(model: MMInterleaved, latents: Tensor) -> Tensor:
+    """Pictures ``[N, 3, H, W]`` in [0, 1]."""
+    return model.codec.decode(latents.to(next(model.codec.parameters()).dtype)).float()

@@ -1,0 +1,253 @@
+"""Text generation: a left-padded interleaved prompt → new token ids, by greedy, nucleus or beam search.
+
+The prompt runs through the language model once; then one token a step with the KV cache and the projected image
+features of the prompt. A new token sees the images that the prompt's last token saw. Output ids begin with ``<s>`` and
+end at ``</s>`` or ``<BoI>``, as in the released implementation (transformers 4.31 ``generate`` on embeddings), whose
+scores are reproduced: the opening ``<s>`` counts for minimum length, beam length and repetition penalty.
+Source: architecture section 7.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from mmi_engine.generate.settings import Settings
+from mmi_engine.model.interleaved import MMInterleaved
+from mmi_engine.model.language import VisualContext
+from mmi_engine.model.vision import VisualOutput
+
+
+@dataclass
+class Prompt:
+    """Left-padded ids ``[B, T]``, their mask ``[B, T]``, and the images of all rows with their counts ``[B]``."""
+
+    ids: Tensor
+    mask: Tensor
+    visual: VisualOutput | None
+    counts: Tensor
+
+
+@dataclass
+class TextOutput:
+    """Ids per returned row (``<s>`` first, stop id included when one was produced); raw logits of every greedy step."""
+
+    ids: list[list[int]]
+    step_logits: list[Tensor]
+
+
+class Decoder:
+    """Prompt state of one batch: KV cache, projected images, mask and positions; rows may be reordered."""
+
+    def __init__(self, model: MMInterleaved, prompt: Prompt, copies: int = 1) -> None:
+        self.model, self.mask = model, prompt.mask
+        features = prompt.visual.features if prompt.visual is not None else ()
+        tokens = prompt.visual.tokens if prompt.visual is not None else prompt.ids.new_zeros(0, 1, 1, dtype=torch.float)
+        embeds = model.embed(prompt.ids, tokens)
+        visual = model.visual_context(prompt.ids, features, prompt.counts)
+        positions = (prompt.mask.cumsum(-1) - 1).masked_fill(prompt.mask == 0, 1)
+        self.cache = model.language.new_cache()
+        hidden = model.language(embeds, prompt.mask, visual, position_ids=positions, cache=self.cache)
+        self.logits = model.text_head(hidden[:, -1]).float()
+        self.position = positions[:, -1:]
+        self.visual = None
+        if visual is not None:
+            self.visual = replace(visual, visible=visual.visible[:, -1:])
+        if copies > 1:
+            self.cache.batch_repeat_interleave(copies)
+            rows = torch.arange(len(prompt.ids), device=prompt.ids.device).repeat_interleave(copies)
+            self._select(rows)
+
+    def _select(self, rows: Tensor) -> None:
+        self.logits, self.mask, self.position = self.logits[rows], self.mask[rows], self.position[rows]
+        if self.visual is not None:
+            values = [v[rows] for v in self.visual.values]
+            self.visual = VisualContext(values, self.visual.shapes, self.visual.visible[rows])
+
+    def reorder(self, rows: Tensor) -> None:
+        """Continue with these rows; beams of one item share its images, so those stay where they are."""
+        self.cache.reorder_cache(rows)
+
+    def step(self, ids: Tensor) -> Tensor:
+        """Append one token per row ``[B]``; returns the next logits ``[B, vocabulary]`` in float32."""
+        self.mask = torch.cat([self.mask, self.mask.new_ones(len(ids), 1)], dim=1)
+        self.position = self.position + 1
+        hidden = self.model.language(
+            self.model.language.embed(ids[:, None]),
+            self.mask,
+            self.visual,
+            position_ids=self.position,
+            cache=self.cache,
+        )
+        self.logits = self.model.text_head(hidden[:, -1]).float()
+        return self.logits
+
+
+@torch.no_grad()
+def generate_text(
+    model: MMInterleaved,
+    prompt: Prompt,
+    settings: Settings,
+    *,
+    generators: list[torch.Generator] | None = None,
+    returned: int = 1,
+    record_logits: bool = False,
+) -> TextOutput:
+    """Continue every prompt.
+
+    Args:
+        model: the model.
+        prompt: left-padded rows.
+        settings: text part of the run's settings.
+        generators: one per row, for sampling (``temperature`` > 0).
+        returned: beam hypotheses per row.
+        record_logits: keep the raw logits of every step (greedy and sampling).
+    """
+    if settings.beams > 1:
+        return TextOutput(_beam_search(model, prompt, settings, returned), [])
+    tokens, batch = model.config.tokens, len(prompt.ids)
+    decoder = Decoder(model, prompt)
+    output = torch.full((batch, 1), tokens.bos, dtype=torch.long, device=prompt.ids.device)
+    done = torch.zeros(batch, dtype=torch.bool, device=prompt.ids.device)
+    recorded, logits = [], decoder.logits
+    for index in range(settings.max_new_tokens):
+        if record_logits:
+            recorded.append(logits)
+        scores = _process(logits, output, settings, (tokens.eos, tokens.boi))
+        chosen = _sample(scores, settings, generators) if settings.temperature > 0 else scores.argmax(-1)
+        chosen = chosen.masked_fill(done, tokens.pad)
+        output = torch.cat([output, chosen[:, None]], dim=1)
+        done |= (chosen == tokens.eos) | (chosen == tokens.boi)
+        if bool(done.all()) or index == settings.max_new_tokens - 1:
+            break
+        logits = decoder.step(chosen)
+    return TextOutput([_cut(row, (tokens.eos, tokens.boi)) for row in output.tolist()], recorded)
+
+
+def _cut(row: list[int], stops: tuple[int, ...]) -> list[int]:
+    """The row up to and including its first stop id."""
+    for index, token in enumerate(row):
+        if index and token in stops:
+            return row[: index + 1]
+    return row
+
+
+def _process(scores: Tensor, ids: Tensor, settings: Settings, stops: tuple[int, ...]) -> Tensor:
+    """Repetition penalty on generated ids, then the minimum length; ``ids`` ``[B, n]`` with the opening ``<s>``."""
+    if settings.repetition_penalty != 1.0:
+        seen = scores.gather(1, ids)
+        seen = torch.where(seen < 0, seen * settings.repetition_penalty, seen / settings.repetition_penalty)
+        scores = scores.scatter(1, ids, seen)
+    if ids.shape[1] < settings.min_new_tokens:
+        scores = scores.clone()
+        scores[:, list(stops)] = -torch.inf
+    return scores
+
+
+def _sample(scores: Tensor, settings: Settings, generators: list[torch.Generator] | None) -> Tensor:
+    """Nucleus sampling; each row draws from its own generator, so neighbours do not matter."""
+    probabilities = torch.softmax(scores / settings.temperature, dim=-1)
+    ordered, index = probabilities.sort(dim=-1, descending=True, stable=True)
+    before = ordered.cumsum(-1) - ordered
+    ordered = ordered.masked_fill(before >= settings.top_p, 0.0)  # the most likely token always stays
+    drawn = [
+        torch.multinomial(row, 1, generator=generators[i] if generators else None) for i, row in enumerate(ordered)
+    ]
+    return index.gather(1, torch.stack(drawn)).squeeze(1)
+
+
+@dataclass
+class _Hypotheses:
+    """Finished beams of one row, best ``size`` kept: (normalised score, ids with their stop id)."""
+
+    size: int
+    length_penalty: float
+    items: list[tuple[float, list[int]]]
+    done: bool = False
+
+    def add(self, ids: list[int], score: float, stop: int | None = None) -> None:
+        """Offer a hypothesis with summed log-probability ``score``; its stop id does not count as length."""
+        ended = ids if stop is None else [*ids, stop]
+        self.items.append((score / len(ids) ** self.length_penalty, ended))
+        self.items.sort(key=lambda item: item[0], reverse=True)
+        del self.items[self.size :]
+
+    def finished(self, best: float, length: int) -> bool:
+        """Whether no running beam (summed score ``best``) can still enter, were it to end at ``length``."""
+        return len(self.items) == self.size and self.items[-1][0] >= best / length**self.length_penalty
+
+
+def _beam_search(model: MMInterleaved, prompt: Prompt, settings: Settings, returned: int) -> list[list[int]]:
+    """Beam search with two stop ids: 3 × beams candidates a step, score = Σ log-probability / length^penalty."""
+    tokens, beams, batch = model.config.tokens, settings.beams, len(prompt.ids)
+    stops = (tokens.eos, tokens.boi)
+    device = prompt.ids.device
+    decoder = Decoder(model, prompt, copies=beams)
+    output = torch.full((batch * beams, 1), tokens.bos, dtype=torch.long, device=device)
+    running = torch.full((batch, beams), -1e9, device=device)
+    running[:, 0] = 0.0  # all beams start alike: only the first may branch
+    kept = [_Hypotheses(beams, settings.length_penalty, []) for _ in range(batch)]
+    logits = decoder.logits
+    for index in range(settings.max_new_tokens):
+        scores = _process(torch.log_softmax(logits, dim=-1), output, settings, stops)
+        vocabulary = scores.shape[1]
+        totals = (scores + running.flatten()[:, None]).view(batch, beams * vocabulary)
+        best, flat = totals.topk(beams * (1 + len(stops)), dim=1)
+        parents, chosen = flat // vocabulary, flat % vocabulary
+        rows, next_ids, running = _advance(kept, output, best, parents, chosen, stops, tokens.pad)
+        output = torch.cat([output[rows], next_ids[:, None]], dim=1)
+        if all(row.done for row in kept) or index == settings.max_new_tokens - 1:
+            break
+        decoder.reorder(rows)
+        logits = decoder.step(next_ids)
+    for row, hypotheses in enumerate(kept):
+        if not hypotheses.done:
+            for beam in range(beams):
+                hypotheses.add(output[row * beams + beam].tolist(), float(running[row, beam]))
+    return [ids for row in kept for _, ids in row.items[:returned]]
+
+
+def _advance(
+    kept: list[_Hypotheses],
+    output: Tensor,
+    best: Tensor,
+    parents: Tensor,
+    chosen: Tensor,
+    stops: tuple[int, ...],
+    pad: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One step of the bookkeeping: ended candidates become hypotheses, the best others go on.
+
+    Returns:
+        parent rows ``[B·beams]``, next ids ``[B·beams]``, running scores ``[B, beams]``.
+    """
+    beams = kept[0].size
+    rows, ids, scores = [], [], []
+    for row, hypotheses in enumerate(kept):
+        going: list[tuple[int, int, float]] = []
+        if hypotheses.done:
+            going = [(row * beams, pad, 0.0)] * beams
+        else:
+            for rank, (score, parent, token) in enumerate(
+                zip(best[row].tolist(), parents[row].tolist(), chosen[row].tolist(), strict=True)
+            ):
+                source = row * beams + parent
+                if token in stops:
+                    if rank < beams:  # a worse ending than the beams themselves is not kept
+                        hypotheses.add(output[source].tolist(), score, token)
+                elif len(going) < beams:
+                    going.append((source, token, score))
+            length = output.shape[1] + 1
+            hypotheses.done = hypotheses.finished(max(best[row].tolist()), length)
+        for source, token, score in going:
+            rows.append(source)
+            ids.append(token)
+            scores.append(score)
+    device = output.device
+    return (
+        torch.tensor(rows, device=device),
+        torch.tensor(ids, device=device),
+        torch.tensor(scores, device=device).view(len(kept), beams),
+    )
