@@ -51,7 +51,7 @@ def _compile(function: Any) -> Any:
 
 
 def _inline(function: Any) -> Any:
-    """A part of the two entry points: merged into them, since a call would count references of every array it passes."""
+    """A part of the two entry points, merged into them: a call would count references of every array it passes."""
     return njit(inline="always", **_OPTIONS)(function)
 
 

@@ -1,0 +1,46 @@
+"""What every test gets: few threads, a temporary home for caches, no network; GPU tests skipped with their reason."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+import pytest
+
+# One home per test run, set before any library reads it: nothing of the user's caches or settings leaks in or out.
+_HOME = Path(tempfile.mkdtemp(prefix="mmi-tests-"))
+for _name, _folder in {"HOME": "", "XDG_CACHE_HOME": "cache", "HF_HOME": "huggingface", "MPLCONFIGDIR": "mpl"}.items():
+    os.environ[_name] = str(_HOME / _folder)
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+for _name in [name for name in os.environ if name.startswith("MMI_")]:
+    del os.environ[_name]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def few_threads() -> None:
+    """Small tensors gain nothing from many threads, and a shared machine loses."""
+    import torch
+
+    torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what is marked `gpu` where there is no CUDA device, saying so."""
+    if not any(item.get_closest_marker("gpu") for item in items):
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no CUDA device on this machine"))
+
+
+def pytest_sessionfinish() -> None:
+    import shutil
+
+    shutil.rmtree(_HOME, ignore_errors=True)

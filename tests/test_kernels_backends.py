@@ -1,0 +1,150 @@
+"""Which backend serves a call, what cannot be served, and what is loaded when."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+import mmi_kernels
+from mmi_kernels import KernelUnavailable, backends, deform_sample, numba_loops, resolve
+
+
+def inputs(rows: int = 2, dtype: torch.dtype = torch.float32) -> tuple[Tensor, list[tuple[int, int]], Tensor, Tensor]:
+    """Two rows, levels 3 × 5 and 2 × 2, two heads of 16, seven queries, three points."""
+    generator = torch.Generator().manual_seed(7)
+    value = torch.randn(rows, 19, 2, 16, generator=generator, dtype=dtype)
+    locations = torch.rand(rows, 7, 2, 2, 3, 2, generator=generator, dtype=dtype)
+    weights = torch.rand(rows, 7, 2, 2, 3, generator=generator, dtype=dtype)
+    return value, [(3, 5), (2, 2)], locations, weights
+
+
+def test_auto_takes_numba_where_it_serves_and_torch_elsewhere() -> None:
+    assert resolve() == "numba"
+    assert resolve("auto", "cpu", torch.bfloat16) == "numba"
+    assert resolve("auto", "cpu", torch.float64) == "torch"
+    assert resolve("auto", "cuda:0") == "torch"
+    assert resolve("auto", "meta") == "torch"
+    assert resolve("torch", "cuda") == "torch"
+
+
+def test_auto_computes_float64_in_float64() -> None:
+    value, shapes, locations, weights = inputs(dtype=torch.float64)
+    out = deform_sample(value, shapes, locations, weights)
+    assert torch.equal(out, deform_sample(value, shapes, locations, weights, backend="torch"))
+    assert not torch.equal(out, out.float().double())
+
+
+@pytest.mark.parametrize(
+    ("backend", "device", "dtype", "cause"),
+    [
+        ("cuda", "cuda", torch.float32, "no CUDA kernel"),
+        ("numba", "cuda", torch.float32, "serves CPU tensors"),
+        ("numba", "cpu", torch.float64, "computes in float32"),
+    ],
+)
+def test_a_request_by_name_that_cannot_be_met_fails(backend: str, device: str, dtype: torch.dtype, cause: str) -> None:
+    with pytest.raises(KernelUnavailable, match=cause) as caught:
+        resolve(backend, device, dtype)
+    assert caught.value.code == "kernel_unavailable"
+    assert "torch" in caught.value.remedy and caught.value.remedy in str(caught.value)
+
+
+def test_without_numba(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mmi_kernels.op._numba_present", lambda: False)
+    assert resolve() == "torch"
+    assert not backends()["numba"].available
+    with pytest.raises(KernelUnavailable, match="not installed.*pip install"):
+        deform_sample(*inputs(), backend="numba")
+
+
+def test_backends_tells_the_truth() -> None:
+    for name, state in backends().items():
+        assert state.reason
+        if state.available:
+            assert deform_sample(*inputs(), backend=name).isfinite().all()
+        else:
+            with pytest.raises(KernelUnavailable):
+                deform_sample(*inputs(), backend=name)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda v, s, x, w: (v, [(3, 5)], x, w), "add up to another number"),
+        (lambda v, s, x, w: (v, [(3, 5), (4, 0)], x, w), "spatial_shapes"),
+        (lambda v, s, x, w: (v, [], x, w), "spatial_shapes"),
+        (lambda v, s, x, w: (v[..., 0], s, x, w), r"value must be \[N, S, H, D\]"),
+        (lambda v, s, x, w: (v, s, x, w[:1]), "weights must be"),
+        (lambda v, s, x, w: (v, s, x[:, :, :1], w[:, :, :1]), "weights must be"),
+        (lambda v, s, x, w: (v, s, x[..., :0, :], w[..., :0]), "at least one point"),
+        (lambda v, s, x, w: (v, s, x[:, :6], w), "locations must be"),
+        (lambda v, s, x, w: (v, s, x.to("meta"), w), "different devices"),
+        (lambda v, s, x, w: (v.long(), s, x, w), "floating-point"),
+    ],
+)
+def test_what_does_not_fit_is_named(change: Callable, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        deform_sample(*change(*inputs()))
+
+
+def test_unknown_backend() -> None:
+    with pytest.raises(ValueError, match="unknown backend 'opencl'"):
+        deform_sample(*inputs(), backend="opencl")
+
+
+def test_import_loads_neither_numba_nor_cupy() -> None:
+    code = (
+        "import sys, mmi_kernels; mmi_kernels.backends(); mmi_kernels.resolve();"
+        "sys.exit(any(name in sys.modules for name in ('numba', 'cupy')))"
+    )
+    path = os.path.dirname(os.path.dirname(mmi_kernels.__file__))
+    assert subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": path}).returncode == 0
+
+
+def test_loops_compile_where_no_cache_can_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    from numba.core import caching
+
+    monkeypatch.setattr(caching.FunctionCache._impl_class, "_locator_classes", [])
+    twice = numba_loops._compile(lambda x: 2 * x)
+    assert twice(21) == 42
+
+
+def test_concurrent_calls_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mmi_kernels.numba_cpu._MIN_WORK_PER_THREAD", 1)
+    expected, results = deform_sample(*inputs(), backend="numba"), []
+
+    def work() -> None:
+        results.extend(deform_sample(*inputs(), backend="numba") for _ in range(20))
+
+    workers = [threading.Thread(target=work) for _ in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert len(results) == 80 and all(torch.equal(result, expected) for result in results)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_process_starts_its_own_workers() -> None:
+    from mmi_kernels import numba_cpu
+
+    numba_cpu._workers(1).submit(int).result()  # the pool runs before the fork
+    before = numba_cpu._pool
+    numba_cpu._forget_workers()  # what a fork does in the child
+    assert numba_cpu._pool is None
+    assert numba_cpu._workers(1).submit(int, "3").result() == 3
+    assert numba_cpu._pool is not before
+
+
+@pytest.mark.gpu
+def test_cuda_tensors_are_served_by_torch() -> None:
+    on_cpu = deform_sample(*inputs(), backend="torch")
+    on_gpu = deform_sample(*(t.cuda() if isinstance(t, Tensor) else t for t in inputs()))
+    assert torch.allclose(on_gpu.cpu(), on_cpu, rtol=1e-5, atol=1e-6)
