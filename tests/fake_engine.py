@@ -34,8 +34,11 @@ class FakeEngine:
         self.loads = 0
         self.batches: list[tuple[int, int]] = []
 
-    def identity(self):
+    def identity(self, rows, recorded):
         return {"model": "fake", "settings": {"steps": 3, **self.extra}}
+
+    def record(self):
+        return {"settings": {"steps": {"value": 3, "origin": "default"}}}
 
     def load(self) -> None:
         self.loads += 1

@@ -31,8 +31,17 @@ class Engine(Protocol):
     image_size: int
     batch_size: int
 
-    def identity(self) -> dict[str, Any]:
-        """Model fingerprint and settings: all that changes an item's output. Known before `load`."""
+    def identity(self, rows: int, recorded: dict[str, Any]) -> dict[str, Any]:
+        """Model fingerprint (``model``) and ``settings``: all that changes an item's output. Known before `load`.
+
+        Args:
+            rows: rows of the manifest, whatever part of it is worked on.
+            recorded: the identity of the run that is resumed, or {}; choices left to ``auto`` are taken from it.
+        """
+        ...
+
+    def record(self) -> dict[str, Any]:
+        """What run.json tells about model, settings with their origin, and versions."""
         ...
 
     def load(self) -> None:

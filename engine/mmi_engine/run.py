@@ -62,7 +62,6 @@ class RunOptions:
         limit: only the first N rows of the selection.
         ids: only rows with these ids.
         overwrite, retry_errors, stop_on_error, gallery: as the options of these names.
-        record: settings with their origin, for run.json.
     """
 
     seed: int = 0
@@ -73,7 +72,6 @@ class RunOptions:
     retry_errors: bool = False
     stop_on_error: bool = False
     gallery: bool = True
-    record: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -158,12 +156,13 @@ class _Worker:
 
     def run(self) -> Summary:
         self._scan()
+        recorded = {} if self.options.overwrite else self.out.read_run().get("identity", {})
         identity = {
             "task": self.task.name,
             "manifest": self.manifest.fingerprint(),
             "root": self.manifest.root_label,
             "seed": self.options.seed,
-            **self.engine.identity(),
+            **self.engine.identity(len(self.order), recorded),
         }
         self.out.open(identity, overwrite=self.options.overwrite)
         selection = select(self.order, self.options)
@@ -316,7 +315,7 @@ class _Worker:
 
         def change(content: dict[str, Any]) -> dict[str, Any]:
             parts = {**content.get("parts", {}), self.options.part.label: part}
-            return {**content, "command": self.task.name, **self.options.record, "parts": parts}
+            return {**content, "command": self.task.name, **self.engine.record(), "parts": parts}
 
         self.out.update_run(change)
 

@@ -1,0 +1,125 @@
+"""A model directory from its files alone: parts, sizes, memory per dtype, fingerprint. No weight is loaded.
+
+Place in the flow: `mmi model info` and `--dry-run` show `describe`; `engine.py` records `fingerprint` in run.json.
+Source: the safetensors format (8 bytes of header length, a JSON header, then the tensors).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mmi_engine.errors import ModelError
+
+DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+WORKING_MEMORY = 1.25  # activations and caches of small batches, as a factor on the weights
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What a model directory holds.
+
+    Attributes:
+        directory: where it is.
+        name: from its configuration.
+        image_size: side in pixels of the pictures it makes.
+        parts: name of a top-level module → number of parameters.
+        tensors, parameters, bytes: totals; bytes as stored.
+        stored: dtype names of the stored tensors, most frequent first.
+        fingerprint: see `fingerprint`.
+    """
+
+    directory: Path
+    name: str
+    image_size: int
+    parts: dict[str, int]
+    tensors: int
+    parameters: int
+    bytes: int
+    stored: tuple[str, ...]
+    fingerprint: str
+
+    def memory_bytes(self, dtype: str) -> int:
+        """Rough need in bytes for inference with small batches in ``fp32``, ``bf16`` or ``fp16``."""
+        return int(self.parameters * DTYPE_BYTES[dtype] * WORKING_MEMORY)
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The safetensors files of a model directory, sorted by name."""
+    return sorted(directory.glob("*.safetensors"))
+
+
+def fingerprint(directory: Path) -> str:
+    """sha256 over configuration, tokenizer and weights, as hex: equal for copies, whatever their path.
+
+    Raises:
+        ModelError: a file cannot be read.
+    """
+    digest = hashlib.sha256()
+    names = ("config.json", "tokenizer.json", "tokenizer.model")
+    files = [directory / name for name in names if (directory / name).is_file()]
+    try:
+        for path in [*files, *weight_files(directory)]:
+            digest.update(f"{path.name}:{path.stat().st_size}:".encode())
+            with path.open("rb") as stream:
+                for block in iter(lambda: stream.read(2**22), b""):
+                    digest.update(block)
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read: {error.strerror}") from error
+    return digest.hexdigest()
+
+
+def describe(name: str) -> ModelInfo:
+    """Look into a model directory.
+
+    Args:
+        name: ``toon`` or a directory.
+
+    Raises:
+        ModelError: no such model, or damaged files.
+    """
+    from mmi_engine.model.checkpoint import model_directory
+    from mmi_engine.model.config import ModelConfig
+
+    directory = model_directory(name)
+    config = ModelConfig.load(directory)
+    parts: Counter[str] = Counter()
+    stored: Counter[str] = Counter()
+    tensors = 0
+    for path in weight_files(directory):
+        for key, entry in _header(path).items():
+            count = math.prod(entry["shape"])
+            parts[key.split(".")[0]] += count
+            stored[entry["dtype"]] += count
+            tensors += 1
+    return ModelInfo(
+        directory=directory,
+        name=config.name,
+        image_size=config.image_decoder.vae.image_size,
+        parts=dict(parts.most_common()),
+        tensors=tensors,
+        parameters=sum(parts.values()),
+        bytes=sum(path.stat().st_size for path in weight_files(directory)),
+        stored=tuple(dtype for dtype, _ in stored.most_common()),
+        fingerprint=fingerprint(directory),
+    )
+
+
+def _header(path: Path) -> dict[str, Any]:
+    """Names, shapes and dtypes of a safetensors file."""
+    try:
+        with path.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if length > 100 * 2**20:
+                raise ValueError("header too long")
+            header = json.loads(stream.read(length))
+    except (OSError, ValueError) as error:
+        remedy = "restore the model directory"
+        raise ModelError(f"{path} is no readable safetensors file: {error}", remedy=remedy) from error
+    header.pop("__metadata__", None)
+    return header

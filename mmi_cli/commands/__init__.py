@@ -1,0 +1,1 @@
+"""One file per command: options → one engine call → exit code."""

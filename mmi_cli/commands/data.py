@@ -1,0 +1,73 @@
+"""`mmi data`: validate manifests, make the built-in data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from mmi_cli import console
+from mmi_cli.options import SETTINGS, input_options, manifest_argument, message_options
+
+KINDS = ("auto", "story")
+
+
+@click.group("data", context_settings=SETTINGS)
+def data() -> None:
+    """Validate manifests; make the built-in data."""
+
+
+@data.command("check", context_settings=SETTINGS, epilog="Example:\n\n  mmi data check examples/story.jsonl")
+@manifest_argument
+@click.option("--task", type=click.Choice(KINDS), default="auto", show_default=True, help="Whose rows they must be.")
+@input_options
+@message_options
+def check(manifest: str, task: str, root: str | None, allow_urls: bool) -> int:
+    """Read every row and every image of MANIFEST; exit code 3 when some would fail."""
+    from mmi_engine.check import check as check_manifest
+    from mmi_engine.data.images import ImageLoader
+    from mmi_engine.data.manifest import Manifest
+    from mmi_engine.tasks import StoryTask
+
+    source = Manifest(manifest, root=root)
+    loader = ImageLoader(source.root, allow_urls=allow_urls)
+    terminal = console.current()
+    shown = 0
+
+    def on_error(place: str, error: object) -> None:
+        nonlocal shown
+        terminal.item_error(place, error, shown)  # type: ignore[arg-type]
+        shown += 1
+
+    report = check_manifest(source, StoryTask() if task == "story" else None, loader, on_error=on_error)
+    codes = "".join(f", {code} {count}" for code, count in sorted(report.errors.items()))
+    terminal.event(
+        "check",
+        f"{report.rows} rows, {report.failed} with errors{codes}; {report.images} images read",
+        always=bool(report.failed),
+        rows=report.rows,
+        failed=report.failed,
+        images=report.images,
+        errors=dict(report.errors),
+    )
+    return report.exit_code
+
+
+@data.group("make", context_settings=SETTINGS)
+def make() -> None:
+    """Make built-in data."""
+
+
+@make.command(
+    "toon", context_settings=SETTINGS, epilog="Example:\n\n  mmi data make toon --out toon --split test --count 20"
+)
+@click.option("--out", required=True, metavar="DIR", help="Folder for the manifests and pictures.")
+@click.option("--split", type=click.Choice(["train", "val", "test"]), default="test", show_default=True)
+@click.option("--count", type=click.IntRange(1), default=100, show_default=True, help="Rows per manifest.")
+@message_options
+def toon(out: str, split: str, count: int) -> None:
+    """Draw scenes and stories of the embedded world, with exact truth, as manifests for every task."""
+    from mmi_engine.toon.dataset import make_dataset
+
+    made = make_dataset(Path(out), split, count)
+    console.current().notice(f"wrote {made} to {out}" if made is not None else f"wrote {out}")
