@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -244,6 +245,8 @@ class Upsampling(nn.ConvTranspose2d):
     """Transposed 2×2 convolution of stride 2. Its windows do not overlap, so it is one matrix product per cell, which
     keeps channels-last memory; the library's kernel does not on the CPU, and costs more backwards."""
 
+    bias: nn.Parameter
+
     def __init__(self, channels: int) -> None:
         super().__init__(channels, channels, 2, stride=2)
 
@@ -309,8 +312,9 @@ class ViTAdapter(nn.Module):
         pyramid_centres = cell_centres(shapes, pixels.device)
 
         group_outputs = []
-        depth = len(trunk.layers) // len(self.interactions)
-        for i, interaction in enumerate(self.interactions):
+        interactions: list[Any] = list(self.interactions)
+        depth = len(trunk.layers) // len(interactions)
+        for i, interaction in enumerate(interactions):
             prefix, patches = hidden[:, : trunk.prefix], hidden[:, trunk.prefix :]
             patches = interaction.injector(patches, patch_centres, pyramid, shapes)
             hidden = torch.cat([prefix, patches], dim=1)

@@ -9,6 +9,8 @@ dimension of queries and keys, shared by the heads of a layer. Source: architect
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers import Blip2QFormerConfig, Blip2QFormerModel
@@ -63,7 +65,8 @@ class QFormer(nn.Module):
             self._add_head_norms()
 
     def _add_head_norms(self) -> None:
-        for layer in self.former.encoder.layer:
+        layers: list[Any] = list(self.former.encoder.layer)
+        for layer in layers:
             blocks = [layer.attention, layer.crossattention] if layer.has_cross_attention else [layer.attention]
             for block in blocks:
                 attention = block.attention

@@ -85,8 +85,12 @@ def take_apart(model: PreTrainedModel) -> Trunk:
     holder = getattr(model, "encoder", model)
     layers = getattr(holder, "layers", None) or getattr(holder, "layer", None)
     more_tokens = any(hasattr(embeddings, name) for name in ("register_tokens", "distillation_token"))
-    plain = isinstance(patches, nn.Conv2d) and isinstance(positions, nn.Parameter) and layers is not None
-    if more_tokens or not plain:
+    if (
+        more_tokens
+        or not isinstance(patches, nn.Conv2d)
+        or not isinstance(positions, nn.Parameter)
+        or not isinstance(layers, nn.ModuleList)
+    ):
         raise ModelError(
             f"{type(model).__name__} is not a plain vision transformer with learnt absolute positions",
             remedy="use a CLIP, SigLIP, ViT or DINOv2 vision model",
