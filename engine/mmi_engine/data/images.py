@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import functools
 import io
 import os
 import stat
@@ -34,7 +35,7 @@ URL_TIMEOUT_S = 30.0
 MAX_ASPECT = 4  # beyond it the long side is cut before the resize: the centre crop drops the rest anyway
 
 # Raster formats that Pillow decodes by itself: no PostScript (runs Ghostscript), no container of programs.
-FORMATS = ["PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "ICO", "AVIF", "JPEG2000", "TGA", "QOI"]
+FORMATS = ["PNG", "JPEG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "ICO", "AVIF", "JPEG2000", "TGA", "QOI"]
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,7 @@ class ImageLoader:
                 code="url_refused",
             )
         import http.client
+        import urllib.error
         import urllib.request
 
         try:
@@ -117,11 +119,21 @@ class ImageLoader:
             with urllib.request.urlopen(request, timeout=self.timeout) as response:
                 content = response.read(self.max_url_bytes + 1)
         except (OSError, ValueError, http.client.HTTPException) as error:
+            if isinstance(error, urllib.error.HTTPError):
+                error.close()
             reason = shorten(str(getattr(error, "reason", error)) or type(error).__name__)
             raise ImageError(f"{name} could not be fetched: {reason}", code="url_failed") from None
         if len(content) > self.max_url_bytes:
             raise ImageError(f"{name} is larger than {self.max_url_bytes >> 20} MiB", code="image_too_large")
         return content
+
+
+@functools.cache
+def _known_formats() -> list[str]:
+    from PIL import Image
+
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]  # AVIF and others depend on how Pillow was built
 
 
 def _data_uri(reference: str) -> bytes:
@@ -156,7 +168,7 @@ def decode(content: bytes, name: str, max_pixels: int = MAX_PIXELS) -> Image.Ima
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's remarks on bombs and odd metadata; both are judged here
-            with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+            with Image.open(io.BytesIO(content), formats=_known_formats()) as image:
                 if image.width * image.height > max_pixels:
                     raise Image.DecompressionBombError
                 image.seek(0)

@@ -19,6 +19,7 @@ import os
 import shutil
 import sys
 import tempfile
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -82,6 +83,7 @@ class Manifest:
             spool: BinaryIO = tempfile.SpooledTemporaryFile(max_size=_SPOOL_BYTES)  # type: ignore[assignment]  # noqa: SIM115
             shutil.copyfileobj(stdin or sys.stdin.buffer, spool)
             self._spool = spool
+            weakref.finalize(self, spool.close)
         else:
             self.path = Path(source)
             self.name = self.path.name
