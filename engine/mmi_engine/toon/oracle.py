@@ -26,12 +26,13 @@ from mmi_engine.toon.sight import (
     UNREADABLE,
     View,
     distance,
-    find_plate,
+    find_plates,
     flatten,
     prepare,
     read_digits,
     read_place,
     read_shirt,
+    rim_points,
 )
 from mmi_engine.toon.texts import BODY_CLASSES, Box, box_of
 from mmi_engine.toon.world import ACTIONS, CHARACTERS, HATS, PROPS, Prop, Scene
@@ -70,7 +71,7 @@ class Reading:
 def _figure_cost(view: View, pair: tuple[str, str], shirt: np.ndarray, x: float, y: float, scale: float) -> float:
     """Mean colour distance of a figure (character, action) around its number field at (x, y) px; head and limbs count
     alike, points outside the picture count as misses."""
-    points, wears, head = t.figure(*pair)
+    points, wears, head, _ = t.figure(*pair)
     cost = distance(view.at(points.xy, x, y, scale), np.where(wears[:, None], shirt, points.colors))
     split = int(np.count_nonzero(head))
     of_head = float(cost @ head)
@@ -84,7 +85,7 @@ def _read_figure(view: View, shirt: np.ndarray, x: float, y: float, scale: float
     found: list[tuple[float, tuple[str, str], float, float, float]] = []
     for cost, pair in first[:3]:
         best = (cost, pair, x, y, scale)
-        for step in (1.0, 0.5):
+        for step in (1.0, 1.0, 0.5):
             _, _, bx, by, bs = best
             moves = [(dx, dy, 0.0) for dx in (-step, 0, step) for dy in (-step, 0, step)]
             moves += [(0.0, 0.0, -0.02 * step), (0.0, 0.0, 0.02 * step)]
@@ -105,6 +106,19 @@ def _read_figure(view: View, shirt: np.ndarray, x: float, y: float, scale: float
     scene = Scene(character, "snow", action, "red", 10, "none", "left", (), px - ox * ps, py - oy * ps, ps)
     fits = {"figure": cost, "character_margin": rival(0, character), "action_margin": rival(1, action)}
     return scene, fits
+
+
+def _find_figure(view: View) -> tuple[Scene | None, dict[str, float]]:
+    """The figure at the most promising number field around which a figure really stands; None where no field is."""
+    best: tuple[Scene | None, dict[str, float]] = (None, {"figure": CLIP})
+    for score, x, y, scale in find_plates(view):
+        if score < 0.35 or best[1]["figure"] < 13.0:
+            break
+        shirt, _ = read_shirt(view, rim_points(), x, y, scale)
+        scene, fits = _read_figure(view, t.color_lab(SHIRT[shirt]), x, y, scale)
+        if fits["figure"] < best[1]["figure"]:
+            best = (scene, {**fits, "plate": score})
+    return best
 
 
 def _read_hat(view: View, scene: Scene, ground: np.ndarray) -> tuple[str, float]:
@@ -144,6 +158,13 @@ def _majority(mask: np.ndarray) -> np.ndarray:
     return (rows[:, :-2] + rows[:, 1:-1] + rows[:, 2:]) >= 6
 
 
+def _blocks(picture: np.ndarray) -> np.ndarray:
+    """Mean over the 3 × 3 pixels around each, [128, 128, 3]: noise goes down, a prop of 30 px does not."""
+    padded = np.pad(picture, ((1, 1), (1, 1), (0, 0)), mode="edge")
+    rows = padded[:-2] + padded[1:-1] + padded[2:]
+    return (rows[:, :-2] + rows[:, 1:-1] + rows[:, 2:]) / 9.0
+
+
 def _unexplained(view: View, expected: np.ndarray, scene: Scene) -> np.ndarray:
     """Mask [128, 128] of what neither the place nor the figure accounts for."""
     cv = Canvas(semantic=True)
@@ -153,8 +174,13 @@ def _unexplained(view: View, expected: np.ndarray, scene: Scene) -> np.ndarray:
         x0, x1 = (int(scene.x + u * scene.scale) for u in (-6, 14))
         y0, y1 = (max(0, int(scene.y + v * scene.scale)) for v in (-69, -38))
         covered[y0:y1, max(0, x0) : x1] = True
-    mask = _majority((distance(view.lab, expected) > 14.0) & ~covered)
-    mask[:42] = False
+    padded = np.pad(_blocks(expected), ((0, 0), (1, 1), (0, 0)), mode="edge")  # the scenery may be a pixel off
+    seen = _blocks(view.lab)
+    off = np.minimum.reduce([distance(seen, padded[:, k : k + SIZE]) for k in range(3)])
+    limit = 11.0 + 1.5 * float(np.median(off[~covered]))
+    mask = _majority((off > limit) & ~covered)
+    top = scene.y - 34.0 * scene.scale - 36.0 if scene.action == "sleeping" else 73.0
+    mask[: max(0, int(top))] = False
     return mask
 
 
@@ -183,7 +209,17 @@ def _spans(mask: np.ndarray, scene: Scene) -> list[tuple[int, int]]:
         if len(spans) == 1 and spans[0][1] - spans[0][0] > 38:
             cut = 98 - 5 + int(np.argmin(columns[93:103]))
             spans = [(spans[0][0], cut), (cut, spans[0][1])]
-    return [span for span in spans if columns[span[0] : span[1]].sum() >= 60]
+    return [_densest(columns, span) for span in spans if columns[span[0] : span[1]].sum() >= 60]
+
+
+def _densest(columns: np.ndarray, span: tuple[int, int], limit: int = 34) -> tuple[int, int]:
+    """The part of a span, at most `limit` columns wide, that holds the most pixels: no prop is wider."""
+    start, stop = span
+    if stop - start <= limit:
+        return span
+    sums = np.convolve(columns[start:stop], np.ones(limit, int), mode="valid")
+    best = start + int(np.argmax(sums))
+    return best, best + limit
 
 
 def _prop_cost(pair: View, prop: Prop) -> float:
@@ -193,8 +229,12 @@ def _prop_cost(pair: View, prop: Prop) -> float:
     return float(distance(colors[:, :3], points.over(colors[:, 3:])).mean())
 
 
-def _read_prop(pair: View, mask: np.ndarray, span: tuple[int, int]) -> tuple[Prop, float, float]:
-    """The prop within a column span, its fit and its margin over any other kind or colour."""
+def _read_prop(pair: View, mask: np.ndarray, span: tuple[int, int], base: float) -> tuple[Prop, float, float]:
+    """The prop within a column span, its fit and its margin over any other kind or colour.
+
+    Args:
+        base: height in px at which such a scene's props stand, on average.
+    """
     part = np.zeros_like(mask)
     part[:, span[0] : span[1]] = mask[:, span[0] : span[1]]
     rows = np.flatnonzero(part.sum(axis=1) >= 2)
@@ -207,17 +247,18 @@ def _read_prop(pair: View, mask: np.ndarray, span: tuple[int, int]) -> tuple[Pro
     for color in names:
         for kind in PROPS:
             _, (x0, y0, x1, _) = t.prop_points(kind, color)
-            for size in (25.5, 28.5, 31.5):
-                prop = Prop(kind, color, middle - (x0 + x1) / 2 * size, top - y0 * size, size)
-                trials.append((_prop_cost(pair, prop), prop))
+            for size in (27.0, 31.0):
+                for y in (top - y0 * size, base):
+                    prop = Prop(kind, color, middle - (x0 + x1) / 2 * size, y, size)
+                    trials.append((_prop_cost(pair, prop), prop))
     trials.sort(key=lambda trial: trial[0])
     best: dict[tuple[str, str], tuple[float, Prop]] = {}
-    for cost, prop in trials[:6]:
+    for cost, prop in trials[:10]:
         key = (prop.kind, prop.color)
         if key in best:
             continue
-        for step in (2.0, 1.0, 0.5):
-            base = prop
+        for step in (3.0, 1.5, 1.0, 0.5):
+            old = prop
             for dx, dy, ds in (
                 (-1, 0, 0),
                 (1, 0, 0),
@@ -228,7 +269,7 @@ def _read_prop(pair: View, mask: np.ndarray, span: tuple[int, int]) -> tuple[Pro
                 (0, 1, 1),
                 (0, -1, -1),
             ):
-                moved = Prop(base.kind, base.color, base.x + dx * step, base.y + dy * step, base.size + ds * step)
+                moved = Prop(old.kind, old.color, old.x + dx * step, old.y + dy * step, old.size + ds * step)
                 trial = _prop_cost(pair, moved)
                 if trial < cost:
                     cost, prop = trial, moved
@@ -243,9 +284,10 @@ def _read_props(view: View, scene: Scene) -> tuple[tuple[Prop, ...], bool, dict[
     expected = t.lab(t.soften(render(scene)))
     mask = _unexplained(view, expected, scene)
     pair = replace(view, flat=flatten(view.lab, expected))
+    base = scene.y - 34.0 * scene.scale if scene.action == "sleeping" else scene.y
     props, clear, fits = [], True, {}
     for k, span in enumerate(_spans(mask, scene)):
-        prop, cost, margin = _read_prop(pair, mask, span)
+        prop, cost, margin = _read_prop(pair, mask, span, base - 1.5)
         if prop.kind == "sign":
             (value,) = read_digits(view, prop.x, prop.y - 0.6 * prop.size, 0.029 * prop.size, (0.0,))
             prop = Prop(prop.kind, prop.color, prop.x, prop.y, prop.size, value or 0)
@@ -267,31 +309,28 @@ def read(image: Image.Image) -> Reading:
         "place": setting.place if setting.clear else UNREADABLE,
         "sun": setting.sun if setting.sun_clear else UNREADABLE,
     }
-    x, y, scale, fit["plate"] = find_plate(view)
-    if fit["plate"] < 0.9:
-        return Reading(**told, fit=fit)
-    shirt, fit["shirt_margin"] = read_shirt(view, x, y, scale)
-    scene, fits = _read_figure(view, _shirt_color(view, shirt, x, y, scale), x, y, scale)
+    scene, fits = _find_figure(view)
     fit |= fits
-    if fit["figure"] > 22.0:
+    if scene is None or fit["figure"] > 22.0:
         return Reading(**told, fit=fit)
     pose = POSES[scene.action]
     cx = scene.x + pose.torso[0] * scene.scale
     cy = scene.y + (pose.torso[1] + 1.5 - pose.lift) * scene.scale
     tens, ones = read_digits(view, cx, cy, scene.scale, (-7.2, 7.2))
-    shirt, fit["shirt_margin"] = read_shirt(view, cx, cy, scene.scale)
+    core = t.figure(scene.character, scene.action)[3]
+    shirt, fit["shirt_margin"] = read_shirt(view, core, cx, cy, scene.scale)
     hat, fit["hat_margin"] = _read_hat(view, scene, t.background(setting.place, setting.sun, setting.pan))
     number = UNREADABLE if tens is None or ones is None or tens == 0 else 10 * tens + ones
     told |= {
         "character": scene.character if fit["character_margin"] > 0.5 else UNREADABLE,
         "action": scene.action if fit["action_margin"] > 0.3 else UNREADABLE,
-        "shirt": shirt,
+        "shirt": shirt if fit["shirt_margin"] > 2.0 else UNREADABLE,
         "number": number,
         "hat": hat if fit["hat_margin"] > 0.15 else UNREADABLE,
     }
     seen = replace(
         scene, place=setting.place, sun=setting.sun, pan=setting.pan, hat=hat,
-        shirt=shirt if shirt != UNREADABLE else "red", number=number if isinstance(number, int) else 88,
+        shirt=shirt, number=number if isinstance(number, int) else 88,
     )  # fmt: skip
     props, clear, fits = _read_props(view, seen)
     seen = replace(seen, props=props)
@@ -304,14 +343,6 @@ def read(image: Image.Image) -> Reading:
         box=box_of(semantic_map(seen), *BODY_CLASSES),
         fit=fit | fits,
     )
-
-
-def _shirt_color(view: View, shirt: str, x: float, y: float, scale: float) -> np.ndarray:
-    """The shirt's L*a*b*: of the palette, or, where unreadable, as seen beside the number field."""
-    if shirt != UNREADABLE:
-        return t.color_lab(SHIRT[shirt])
-    colors = view.at(np.array([(u, v) for u in (-17.3, 17.3) for v in range(-8, 9)], np.float32), x, y, scale)
-    return np.median(colors, axis=0)
 
 
 def read_map(image: Image.Image, reading: Reading | None = None) -> np.ndarray:

@@ -12,6 +12,7 @@ from PIL import Image
 
 from mmi_engine.toon import templates as t
 from mmi_engine.toon.canvas import SIZE
+from mmi_engine.toon.characters import PLATE_HALF
 from mmi_engine.toon.palette import DIGIT, PLATE, SHIRT
 from mmi_engine.toon.world import SIDES
 
@@ -90,18 +91,19 @@ def read_place(view: View) -> Setting:
     keys, shots = t.thumbnails()
     costs = distance(shots, view.small).mean(axis=(1, 2))
     best = int(np.argmin(costs))
-    place, sun, pan = keys[best]
+    place, sun, pan = keys[best][0], keys[best][1], float(keys[best][2])
     rival = min(c for c, key in zip(costs, keys, strict=True) if key[0] != place)
     sides = {}
     for side in SIDES:
-        ground = t.background(place, side, float(pan))
+        ground = t.background(place, side, pan)
         boxes = (slice(3, 34), slice(2, 30)), (slice(3, 34), slice(98, 126))
         sides[side] = float(np.mean([distance(ground[b], view.lab[b]).mean() for b in boxes]))
     sun = min(sides, key=sides.__getitem__)
-    offsets = {p: float(distance(t.background(place, sun, float(p)), view.lab).mean()) for p in range(pan - 1, pan + 2)}
-    pan = min(offsets, key=offsets.__getitem__)
+    for step in (1.0, 0.5):
+        near = {p: float(distance(t.background(place, sun, p), view.lab).mean()) for p in (pan - step, pan, pan + step)}
+        pan = min(near, key=near.__getitem__)
     margin = abs(sides["left"] - sides["right"])
-    return Setting(place, sun, float(pan), float(costs[best]), float(rival - costs[best]), margin)
+    return Setting(place, sun, pan, float(costs[best]), float(rival - costs[best]), margin)
 
 
 # ---------------------------------------------------------------- number field
@@ -116,8 +118,9 @@ def _windows(table: np.ndarray, inset: int, w: int, h: int) -> np.ndarray:
     return corner[0] - corner[1] - corner[2] + corner[3]
 
 
-def find_plate(view: View) -> tuple[float, float, float, float]:
-    """Centre (px), scale and score of the best number field: white border, ink inside, another colour around."""
+def find_plates(view: View, count: int = 3) -> list[tuple[float, float, float, float]]:
+    """Score, centre x and y (px) and scale of the best candidates for the number field, best first: a white border,
+    ink inside, another colour around. Candidates are at least 8 px apart."""
     white = np.clip(1.5 - np.linalg.norm(view.lab - t.color_lab(PLATE), axis=-1) / 20.0, 0.0, 1.0)
     dark = np.clip(1.5 - np.linalg.norm(view.lab - t.color_lab(DIGIT), axis=-1) / 24.0, 0.0, 1.0)
     tables = []
@@ -125,8 +128,8 @@ def find_plate(view: View) -> tuple[float, float, float, float]:
         table = np.zeros((SIZE + 1, SIZE + 1), np.float32)
         table[1:, 1:] = plane.cumsum(0).cumsum(1)
         tables.append(table)
-    best = (0.0, 0.0, 1.0, -1.0)
-    half_w, half_h = t.plate_half()
+    found: list[tuple[float, float, float, float]] = []
+    half_w, half_h = PLATE_HALF
     for scale in SCALES:
         w, h = round(2 * half_w * scale), round(2 * half_h * scale)
         outer, field_, inner = (_windows(tables[0], inset, w, h) for inset in (-3, 0, 2))
@@ -134,10 +137,16 @@ def find_plate(view: View) -> tuple[float, float, float, float]:
         rim = (outer - field_) / ((w + 6) * (h + 6) - w * h)
         ink = _windows(tables[1], 2, w, h) / ((w - 4) * (h - 4))
         score = ring - 1.2 * rim + 1.5 * np.minimum(ink, 0.25) + 0.6 * field_ / (w * h)
-        row, col = np.unravel_index(int(np.argmax(score)), score.shape)
-        if score[row, col] > best[3]:
-            best = (col + 3 + w / 2, row + 3 + h / 2, scale, float(score[row, col]))
-    return best
+        for _ in range(count):
+            row, col = np.unravel_index(int(np.argmax(score)), score.shape)
+            found.append((float(score[row, col]), col + 3 + w / 2, row + 3 + h / 2, scale))
+            score[max(0, row - 8) : row + 9, max(0, col - 8) : col + 9] = -9.0
+    found.sort(reverse=True)
+    apart: list[tuple[float, float, float, float]] = []
+    for one in found:
+        if all(max(abs(one[1] - other[1]), abs(one[2] - other[2])) >= 8 for other in apart):
+            apart.append(one)
+    return apart[:count]
 
 
 def read_digits(view: View, x: float, y: float, zoom: float, centres: tuple[float, ...]) -> list[int | None]:
@@ -171,15 +180,20 @@ def _bilinear(plane: np.ndarray, px: np.ndarray, py: np.ndarray) -> np.ndarray:
     return rows[:, x0] * (1 - fx) + rows[:, x0 + 1] * fx
 
 
-def read_shirt(view: View, x: float, y: float, scale: float) -> tuple[str, float]:
-    """Shirt colour from the strips beside the number field and above it, and its margin over the second best."""
-    half_w, half_h = t.plate_half()
+def rim_points() -> np.ndarray:
+    """Points [n, 2] on the shirt beside and below the number field, in units around the field's centre."""
+    half_w, half_h = PLATE_HALF
     side = [(sign * (half_w + d), v) for sign in (-1, 1) for d in (1.2, 1.9, 2.6) for v in np.arange(-9, 10, 1.0)]
     below = [(u, half_h + d) for d in (1.1, 1.7) for u in np.arange(-12, 13, 1.0)]
-    colors = view.at(np.array(side + below, np.float32), x, y, scale)
+    return np.array(side + below, np.float32)
+
+
+def read_shirt(view: View, points: np.ndarray, x: float, y: float, scale: float) -> tuple[str, float]:
+    """The shirt colour that fits best at points [n, 2] (units around (x, y) px), and its margin over the second best:
+    the difference of the median colour distances."""
+    colors = view.at(points, x, y, scale)
     names = list(SHIRT)
     palette = np.stack([t.color_lab(SHIRT[name]) for name in names])
     votes = np.median(distance(colors[:, None], palette[None]), axis=0)
     order = np.argsort(votes)
-    margin = float(votes[order[1]] - votes[order[0]])
-    return (names[order[0]] if votes[order[0]] < 30 and margin > 3.0 else UNREADABLE), margin
+    return names[order[0]], float(votes[order[1]] - votes[order[0]])

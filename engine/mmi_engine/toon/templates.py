@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from mmi_engine.toon.canvas import SIZE, Canvas, Color
-from mmi_engine.toon.characters import HEADS, PLATE_HALF, POSES, paint_character, paint_hat
+from mmi_engine.toon.characters import HEADS, POSES, paint_character, paint_hat
 from mmi_engine.toon.palette import BODY, ID, SHIRT, THING
 from mmi_engine.toon.places import PAINTERS
 from mmi_engine.toon.props import SHAPES, digit
@@ -81,7 +81,7 @@ def _cutout(paint: object, size: int, x: float, y: float, scale: float) -> tuple
     return np.clip(np.rint(rgb), 0, 255).astype(np.uint8), np.clip(alpha, 0.0, 1.0)
 
 
-@lru_cache(maxsize=512)
+@lru_cache(maxsize=160)
 def background(place: str, sun: str, pan: float) -> np.ndarray:
     """The softened empty place, L*a*b* [128, 128, 3]."""
     cv = Canvas()
@@ -102,10 +102,10 @@ def thumbnails() -> tuple[list[tuple[str, str, int]], np.ndarray]:
 
 
 @lru_cache(maxsize=64)
-def figure(character: str, action: str) -> tuple[Points, np.ndarray, np.ndarray]:
+def figure(character: str, action: str) -> tuple[Points, np.ndarray, np.ndarray, np.ndarray]:
     """A hatless figure around the centre of its number field: points on head and limbs, which of them wear the
-    shirt's colour (bool [n]), and which belong to the head (bool [n]). The number field and the hat's seat are left
-    out."""
+    shirt's colour (bool [n]), and which belong to the head (bool [n]); and points [m, 2] well inside the shirt.
+    The number field and the hat's seat are left out."""
     pose = POSES[action]
     ox, oy = pose.torso[0], pose.torso[1] + 1.5
     scene = Scene(character, "snow", action, "red", 88, "none", "left", (), x=80.0 - ox, y=90.0 - oy, scale=1.0)
@@ -125,7 +125,15 @@ def figure(character: str, action: str) -> tuple[Points, np.ndarray, np.ndarray]
     red = np.linalg.norm(colors - color_lab(SHIRT["red"]), axis=1) < 12
     keep &= ~wears | red | ink
     head = labels[ys, xs] == ID["head"]
-    return _points(xy[keep], colors[keep], alpha[ys, xs][keep]), (wears & red)[keep], head[keep]
+    core = (labels == ID["shirt"]) & (np.linalg.norm(lab(rgb) - color_lab(SHIRT["red"]), axis=-1) < 12)
+    for axis in (0, 1):
+        core &= np.roll(core, 1, axis) & np.roll(core, -1, axis)
+    return _points(xy[keep], colors[keep], alpha[ys, xs][keep]), (wears & red)[keep], head[keep], _grid_points(core)
+
+
+def _grid_points(mask: np.ndarray) -> np.ndarray:
+    ys, xs = np.nonzero(mask)
+    return np.stack([xs + 0.5 - 80.0, ys + 0.5 - 90.0], axis=1).astype(np.float32)
 
 
 @lru_cache(maxsize=256)
@@ -187,8 +195,3 @@ def digits() -> np.ndarray:
         window = window - window.mean()
         out.append(window / np.linalg.norm(window))
     return np.stack(out)
-
-
-def plate_half() -> tuple[float, float]:
-    """Half width and height of the number field in units."""
-    return PLATE_HALF
