@@ -37,6 +37,8 @@ from mmi_engine.toon.sight import (
 from mmi_engine.toon.texts import BODY_CLASSES, Box, box_of
 from mmi_engine.toon.world import ACTIONS, CHARACTERS, HATS, PROPS, Prop, Scene
 
+SMALLEST, LARGEST = 23.0, 34.5  # heights in px within which props are sought
+
 
 @dataclass(frozen=True)
 class Reading:
@@ -242,7 +244,7 @@ def _read_prop(pair: View, mask: np.ndarray, span: tuple[int, int], base: float)
     palette = np.stack([t.color_lab(c) for c in THING.values()])
     near = distance(pair.lab[part][:, None], palette[None])
     votes = np.bincount(near.argmin(axis=1)[near.min(axis=1) < 24.0], minlength=len(THING))
-    names = [list(THING)[k] for k in np.argsort(-votes)[:2]]
+    names = [list(THING)[k] for k in np.argsort(-votes)[:3]]
     trials = []
     for color in names:
         for kind in PROPS:
@@ -269,7 +271,8 @@ def _read_prop(pair: View, mask: np.ndarray, span: tuple[int, int], base: float)
                 (0, 1, 1),
                 (0, -1, -1),
             ):
-                moved = Prop(old.kind, old.color, old.x + dx * step, old.y + dy * step, old.size + ds * step)
+                size = min(max(old.size + ds * step, SMALLEST), LARGEST)
+                moved = Prop(old.kind, old.color, old.x + dx * step, old.y + dy * step, size)
                 trial = _prop_cost(pair, moved)
                 if trial < cost:
                     cost, prop = trial, moved
@@ -291,7 +294,7 @@ def _read_props(view: View, scene: Scene) -> tuple[tuple[Prop, ...], bool, dict[
         if prop.kind == "sign":
             (value,) = read_digits(view, prop.x, prop.y - 0.6 * prop.size, 0.029 * prop.size, (0.0,))
             prop = Prop(prop.kind, prop.color, prop.x, prop.y, prop.size, value or 0)
-        clear &= cost < 15.0 and margin > 0.3
+        clear &= cost < 15.0 and margin > 0.15
         fits |= {f"prop{k}": cost, f"prop{k}_margin": margin}
         props.append(prop)
     return tuple(props), clear and bool(props), fits

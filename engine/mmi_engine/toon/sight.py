@@ -118,7 +118,7 @@ def _windows(table: np.ndarray, inset: int, w: int, h: int) -> np.ndarray:
     return corner[0] - corner[1] - corner[2] + corner[3]
 
 
-def find_plates(view: View, count: int = 3) -> list[tuple[float, float, float, float]]:
+def find_plates(view: View, count: int = 5) -> list[tuple[float, float, float, float]]:
     """Score, centre x and y (px) and scale of the best candidates for the number field, best first: a white border,
     ink inside, another colour around. Candidates are at least 8 px apart."""
     white = np.clip(1.5 - np.linalg.norm(view.lab - t.color_lab(PLATE), axis=-1) / 20.0, 0.0, 1.0)
