@@ -130,6 +130,7 @@ image_options = stack(
     click.option(
         "--guidance", metavar="X", type=click.FloatRange(0), help="Guidance scale, 1 for none.  [default: the model's]"
     ),
+    click.option("--fast", is_flag=True, help="The model's quick steps and guidance."),
     click.option("--scheduler", type=click.Choice(SCHEDULERS), help="Noise scheduler.  [default: the model's]"),
 )
 

@@ -49,7 +49,7 @@ class Engine(Protocol):
         ...
 
     def shape(self, job: Job) -> Hashable:
-        """Items with equal shapes may share a batch."""
+        """Items with equal shapes may share a batch. Called after `load`."""
         ...
 
     def fill(self, jobs: Sequence[Job], seeds: Sequence[int], batch_size: int) -> list[list[Piece]]:

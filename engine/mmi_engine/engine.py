@@ -174,8 +174,19 @@ class ModelEngine:
         self._model.set_backend(resolved["kernel"])
 
     def shape(self, job: Job) -> Hashable:
-        """Kinds of the pieces and which are missing."""
-        return (job.free, *((piece.kind, piece.value is None) for piece in job.pieces))
+        """Kind, padded context length and images before every missing piece; a text yet to be made counts as empty."""
+        from mmi_engine import sequence
+        from mmi_engine.generate.interleave import padded
+
+        config = self._model.config
+        known = [sequence.Piece(piece.kind, piece.value or "") for piece in job.pieces]
+        shape: list[Hashable] = [job.free]
+        for index, piece in enumerate(job.pieces):
+            if piece.value is None:
+                before = sequence.tokenize(known[:index], self._model.tokenizer, config.tokens, config.tokens_per_image)
+                images = sum(earlier.kind == "image" for earlier in known[:index])
+                shape.append((piece.kind, padded(len(before.ids) + (piece.kind == "image")), images))
+        return tuple(shape)
 
     def fill(self, jobs: Sequence[Job], seeds: Sequence[int], batch_size: int) -> list[list[Piece]]:
         """See `Engine.fill`."""
@@ -187,7 +198,9 @@ class ModelEngine:
         items = [[sequence.Piece(piece.kind, piece.value) for piece in job.pieces] for job in jobs]
         try:
             with torch.no_grad():
-                filled = interleave.fill(self._model, items, list(seeds), self._settings, batch_size)
+                filled = interleave.fill(
+                    self._model, items, list(seeds), self._settings, batch_size, [job.free for job in jobs]
+                )
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
             raise

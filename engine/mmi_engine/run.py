@@ -239,14 +239,17 @@ class _Worker:
                 self._failed(row, error)
                 continue
             if job.to_generate:
+                self._load_once()
                 yield job
             else:
                 self._finished(job, job.pieces, reduced=False)
 
-    def _do(self, batch: list[Job]) -> None:
+    def _load_once(self) -> None:
         if not self.loaded:
             self.engine.load()
             self.loaded = True
+
+    def _do(self, batch: list[Job]) -> None:
         seeded = [(job, self._seed(job.row)) for job in batch]
         for job, result, reduced in attempt(self.engine, seeded, self.engine.batch_size, self._notice):
             if isinstance(result, ItemError):
