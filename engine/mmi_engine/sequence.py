@@ -180,18 +180,21 @@ def image_contexts(ids: Tensor, tokens: SpecialTokens) -> tuple[Tensor, Tensor, 
     return rows, *context_columns(starts, columns)
 
 
-def context_columns(starts: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
-    """Columns ``ends … starts`` counted down, and their mask: two ``[N, K]`` with K the longest context."""
-    length = int((ends - starts).max()) + 1 if len(ends) else 1
+def context_columns(starts: Tensor, ends: Tensor, length: int | None = None) -> tuple[Tensor, Tensor]:
+    """Columns ``ends … starts`` counted down, and their mask: two ``[N, K]``, K the longest context or ``length``."""
+    if length is None:
+        length = int((ends - starts).max()) + 1 if len(ends) else 1
     back = torch.arange(length, device=ends.device)[None]
     columns = ends[:, None] - back
     mask = columns >= starts[:, None]
     return columns.clamp(min=0) * mask, mask.long()
 
 
-def pad_rows(rows: SequenceOf[SequenceOf[int]], value: int, *, left: bool = False) -> tuple[Tensor, Tensor]:
-    """Rows of ids as one tensor ``[B, T]`` and its attention mask, padded on the right (or left)."""
-    length = max(len(row) for row in rows)
+def pad_rows(
+    rows: SequenceOf[SequenceOf[int]], value: int, *, left: bool = False, length: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Rows of ids as one tensor ``[B, T]`` and its attention mask, padded on the right (or left) up to ``length``."""
+    length = length or max(len(row) for row in rows)
     ids = torch.full((len(rows), length), value, dtype=torch.long)
     mask = torch.zeros((len(rows), length), dtype=torch.long)
     for index, row in enumerate(rows):

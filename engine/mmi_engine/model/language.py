@@ -106,6 +106,8 @@ class LanguageModel(nn.Module):
         """Project the feature maps ``[B, M, C, h_l, w_l]`` of a batch once for all MMFS layers; M may be 0."""
         if not self.mmfs_layers:
             return None
+        if visible.shape[-1] == 0:  # no image in the whole batch: MMFS is a constant and reads no values
+            return VisualContext([visible.new_empty(0)] * len(self.mmfs_layers), [], visible)
         maps = features[self.config.finest_map :]
         flat = torch.cat([m.flatten(3).transpose(2, 3) for m in maps], dim=2)  # (B, M, S, C)
         values = [cross.project_values(flat) for cross in self.mmfs_layers]

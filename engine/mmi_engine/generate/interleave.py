@@ -1,0 +1,273 @@
+"""Interleaved generation: fill every missing text and picture of a document, in order, each from all before it.
+
+Place in the flow: the one path behind all generating commands. A document is a list of pieces; in each round the next
+missing piece of every document is made, documents whose next piece has the same shape together. A finished picture is
+rounded to 8 bits and encoded like a given one, so a story continues from what its user sees.
+
+An item's bytes do not depend on its neighbours: shapes follow from the item alone (its length rounded up, its number of
+images), short batches are filled up with copies, every picture has its own random generator, and all samplers and
+reductions work row by row. Source: architecture section 7.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mmi_engine.data.images import prepare
+from mmi_engine.errors import TextTooLongError
+from mmi_engine.generate.image import Denoising, ImageRequest, denoise, to_images
+from mmi_engine.generate.settings import Settings
+from mmi_engine.generate.text import Prompt, generate_text
+from mmi_engine.model.interleaved import MMInterleaved
+from mmi_engine.model.vision import VisualOutput
+from mmi_engine.sequence import Piece, context_columns, pad_rows, tokenize
+
+LENGTH_STEP = 32
+"""Sequence lengths are rounded up to a multiple of this, always with padding left, so that all rows take one path."""
+
+
+@dataclass
+class _Encoded:
+    """One encoded image: visual tokens ``[K, d]`` and feature maps ``[C, h_l, w_l]``."""
+
+    tokens: Tensor
+    features: list[Tensor]
+
+
+@dataclass
+class _Document:
+    """A document in the making."""
+
+    pieces: list[Piece]
+    seed: int
+    free: int
+    encoded: list[_Encoded] = field(default_factory=list)
+    ended: bool = False
+
+    def next_missing(self) -> int | None:
+        """Index of the next piece to make, ``None`` when all have values."""
+        return next((i for i, piece in enumerate(self.pieces) if piece.value is None), None)
+
+    def generator(self, index: int) -> torch.Generator:
+        """Random numbers of piece ``index``."""
+        return torch.Generator().manual_seed((self.seed * 1_000_003 + index) % 2**63)
+
+
+def fill(
+    model: MMInterleaved,
+    items: Sequence[Sequence[Piece]],
+    seeds: Sequence[int],
+    settings: Settings,
+    batch_size: int,
+    free: Sequence[int] | None = None,
+) -> list[list[Piece]]:
+    """Values for all missing pieces.
+
+    Args:
+        model: with its tokenizer.
+        items: documents; a text's value is a string, an image's a PIL picture, ``None`` is generated.
+        seeds: one per document, ≥ 0.
+        settings: decoding choices.
+        batch_size: rows of every batch; fewer documents are filled up.
+        free: per document, how many pictures may be added after its last piece, the model deciding where text ends and
+            a picture begins.
+
+    Returns:
+        The documents with values (and, with ``free``, further pieces); pictures as RGB at the decoder's size.
+
+    Raises:
+        TextTooLongError: a document does not fit into the model's context.
+        FloatingPointError: the model produced NaN or infinity.
+    """
+    free = free or [0] * len(items)
+    documents = [
+        _Document([Piece(p.kind, p.value) for p in item], seed, extra)
+        for item, seed, extra in zip(items, seeds, free, strict=True)
+    ]
+    maker = _Maker(model, settings, batch_size)
+    with torch.no_grad():
+        while maker.round(documents):
+            pass
+    return [document.pieces for document in documents]
+
+
+class _Maker:
+    """One run over a few documents."""
+
+    def __init__(self, model: MMInterleaved, settings: Settings, batch_size: int) -> None:
+        self.model, self.settings, self.batch_size = model, settings, batch_size
+        self.tokens, self.config = model.config.tokens, model.config
+        self.plan = Denoising.choose(settings, model.config.generation)
+        self.dtype = model.boi_embedding.dtype
+        self.limit = int(model.config.language.transformers["max_position_embeddings"])
+
+    def round(self, documents: list[_Document]) -> bool:
+        """Make one piece of every unfinished document; False when there was none."""
+        waiting: dict[Hashable, list[tuple[_Document, int]]] = {}
+        self._encode([(d, self._cut(d)) for d in documents])
+        for document in documents:
+            index = document.next_missing()
+            if index is None:
+                index = self._open_free(document)
+            if index is not None:
+                waiting.setdefault(self._shape(document, index), []).append((document, index))
+        for (kind, *_), group in waiting.items():  # type: ignore[misc]
+            for start in range(0, len(group), self.batch_size):
+                part = group[start : start + self.batch_size]
+                (self._draw if kind == "image" else self._write)(part)
+        return bool(waiting)
+
+    def _open_free(self, document: _Document) -> int | None:
+        """Free continuation: the index of a new text piece, unless the document has ended."""
+        if document.free <= 0 or document.ended:
+            return None
+        document.pieces.append(Piece("text"))
+        return len(document.pieces) - 1
+
+    def _cut(self, document: _Document) -> int:
+        """How many pieces precede the next missing one."""
+        index = document.next_missing()
+        return len(document.pieces) if index is None else index
+
+    def _ids(self, document: _Document, index: int) -> list[int]:
+        """Prompt of piece ``index``: everything before it, and ``<BoI>`` when a picture is to come."""
+        before = document.pieces[:index]
+        ids = tokenize(before, self.model.tokenizer, self.tokens, self.config.tokens_per_image).ids
+        if document.pieces[index].kind == "image":
+            return [*ids, self.tokens.boi]
+        return ids
+
+    def _shape(self, document: _Document, index: int) -> tuple[str, int, int]:
+        """What must agree within a batch: kind, padded length, number of images."""
+        kind, length = document.pieces[index].kind, len(self._ids(document, index))
+        room = self.limit - (self.settings.max_new_tokens if kind == "text" else 0)
+        if length > room:
+            raise TextTooLongError(
+                f"piece {index} needs a context of {length} tokens, the model holds {room}",
+                remedy="shorten the texts or use fewer images",
+            )
+        return kind, padded(length), len(document.encoded)
+
+    def _encode(self, wanted: list[tuple[_Document, int]]) -> None:
+        """Encode the images before the next missing piece that are not encoded yet, ``batch_size`` at a time."""
+        todo: list[tuple[_Document, Image.Image]] = []
+        for document, cut in wanted:
+            images = [p.value for p in document.pieces[:cut] if p.kind == "image"]
+            todo += [(document, image) for image in images[len(document.encoded) :]]
+        size = self.config.vision.image_size
+        for start in range(0, len(todo), self.batch_size):
+            part = todo[start : start + self.batch_size]
+            pixels = torch.zeros(self.batch_size, 3, size, size)
+            for row, (_, image) in enumerate(part):
+                pixels[row] = picture_tensor(prepare(image, size))
+            visual = self.model.visual_tokenizer(pixels.to(self.model.device, self.dtype))
+            for row, (document, _) in enumerate(part):
+                document.encoded.append(_Encoded(visual.tokens[row], [f[row] for f in visual.features]))
+
+    def _fill_up(self, part: list[tuple[_Document, int]]) -> list[tuple[_Document, int]]:
+        """A full batch: the part and copies of its first row."""
+        return [*part, *[part[0]] * (self.batch_size - len(part))]
+
+    def _visual(self, rows: list[_Document]) -> VisualOutput | None:
+        """All images of the rows as one visual output."""
+        encoded = [e for document in rows for e in document.encoded]
+        if not encoded:
+            return None
+        tokens = torch.stack([e.tokens for e in encoded])
+        levels = len(encoded[0].features)
+        features = tuple(torch.stack([e.features[level] for e in encoded]) for level in range(levels))
+        return VisualOutput(tokens, features, tokens.new_zeros(0), tokens.new_zeros(0))
+
+    def _prompt(self, batch: list[tuple[_Document, int]], *, left: bool) -> Prompt:
+        """The batch's prompts, padded to their common rounded-up length."""
+        rows = [self._ids(document, index) for document, index in batch]
+        ids, mask = pad_rows(rows, self.tokens.pad, left=left, length=padded(len(rows[0])))
+        counts = torch.tensor([len(document.encoded) for document, _ in batch])
+        device = self.model.device
+        return Prompt(ids.to(device), mask.to(device), self._visual([d for d, _ in batch]), counts.to(device))
+
+    def _write(self, part: list[tuple[_Document, int]]) -> None:
+        """Generate one text of every document in ``part``."""
+        batch = self._fill_up(part)
+        prompt = self._prompt(batch, left=True)
+        generators = [document.generator(index) for document, index in batch]
+        made = generate_text(self.model, prompt, self.settings, generators=generators)
+        for (document, index), ids in zip(part, made.ids, strict=False):
+            ended = ids[-1] if ids[-1] in (self.tokens.eos, self.tokens.boi) else None
+            text = self.model.tokenizer.decode([i for i in ids[1:] if i not in (ended, self.tokens.image)])
+            document.pieces[index].value = text
+            if document.free and index == len(document.pieces) - 1:
+                self._go_on(document, text, ended)
+
+    def _go_on(self, document: _Document, text: str, ended: int | None) -> None:
+        """After a freely written text: open a picture where the model asked for one, else end the document."""
+        if not text:
+            document.pieces.pop()
+        if ended == self.tokens.boi:
+            document.pieces.append(Piece("image"))
+            document.free -= 1
+        else:
+            document.ended = True
+
+    def _draw(self, part: list[tuple[_Document, int]]) -> None:
+        """Generate one picture of every document in ``part``."""
+        batch = self._fill_up(part)
+        request = self._request(batch)
+        latents = denoise(self.model, request, self.plan)
+        if not bool(torch.isfinite(latents).all()):
+            raise FloatingPointError("the denoised latents are not finite")
+        for (document, index), picture in zip(part, to_images(self.model, latents), strict=False):
+            document.pieces[index].value = to_picture(picture)
+
+    def _request(self, batch: list[tuple[_Document, int]]) -> ImageRequest:
+        """Context tokens and image features of the pictures to draw."""
+        model, prompt = self.model, self._prompt(batch, left=False)
+        visual = prompt.visual
+        tokens = visual.tokens if visual is not None else prompt.ids.new_zeros(0, 1, 1, dtype=self.dtype)
+        embeds = model.embed(prompt.ids, tokens)
+        seen = model.visual_context(prompt.ids, visual.features if visual is not None else (), prompt.counts)
+        hidden = model.language(embeds, prompt.mask, seen)
+        ends = prompt.mask.sum(1) - 1
+        columns, mask = context_columns(torch.zeros_like(ends), ends, length=prompt.ids.shape[1])
+        rows = torch.arange(len(batch), device=ends.device)[:, None]
+        condition = model.image_decoder.context_tokens(hidden[rows, columns], mask)
+        features, visible = self._context_images([document for document, _ in batch])
+        generators = [document.generator(index) for document, index in batch]
+        return ImageRequest(condition, features, visible, generators)
+
+    def _context_images(self, rows: list[_Document]) -> tuple[list[Tensor], Tensor]:
+        """Maps ``[N, M, C, h_l, w_l]`` of the images that the U-Net sees, and their visibility ``[N, M]``."""
+        count = min(len(rows[0].encoded), self.config.image_decoder.context_images)
+        device = self.model.device
+        if count == 0:  # zero maps that nobody sees
+            vision = self.config.vision
+            sides = vision.feature_sizes
+            maps = [torch.zeros(len(rows), 1, vision.hidden_size, s, s, device=device, dtype=self.dtype) for s in sides]
+            return maps, torch.zeros(len(rows), 1, dtype=torch.long, device=device)
+        levels = range(len(rows[0].encoded[0].features))
+        maps = [
+            torch.stack([torch.stack([e.features[level] for e in row.encoded[-count:]]) for row in rows])
+            for level in levels
+        ]
+        return maps, torch.ones(len(rows), count, dtype=torch.long, device=device)
+
+
+def padded(length: int) -> int:
+    """Length rounded up to the next multiple of ``LENGTH_STEP`` above it."""
+    return (length // LENGTH_STEP + 1) * LENGTH_STEP
+
+
+def picture_tensor(image: Image.Image) -> Tensor:
+    """RGB picture → ``[3, h, w]`` float in [0, 1]."""
+    return torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1).float() / 255
+
+
+def to_picture(pixels: Tensor) -> Image.Image:
+    """``[3, h, w]`` in [0, 1] → RGB picture, rounded to 8 bits."""
+    return Image.fromarray((pixels * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy(), "RGB")
