@@ -1,0 +1,282 @@
+"""The training loop: the only one, for every recipe.
+
+    batch(index) → module(batch) → loss → backward → clip → AdamW → EMA → log / evaluate / checkpoint
+
+Runs over accelerate, hence unchanged on one process, under ``accelerate launch`` or ``torchrun``. Every random draw of
+micro-batch ``i`` comes from a generator seeded with (recipe seed, ``i``), and the learning rate is a function of the
+step; a resumed run therefore repeats an undisturbed one bit for bit. Source: paper Tables 11 to 15, architecture 6.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from mmi_engine.errors import GenerationError, Interrupted, OutputError
+from mmi_engine.train import checkpoints
+from mmi_engine.train.curves import MetricsFile
+from mmi_engine.train.optim import Average, cosine_with_warmup, freeze, parameter_groups
+from mmi_engine.train.recipe import Recipe
+from mmi_engine.train.task import Task
+
+logger = logging.getLogger(__name__)
+Report = Callable[[dict[str, Any]], None]
+SEED_STRIDE = 1_000_003
+
+
+class NotFiniteError(GenerationError):
+    """The loss is NaN or infinite; the message holds the ids of the batch. Never replaced by another batch."""
+
+    code = "not_finite"
+    exit_code = 1
+
+
+class Loop:
+    """One training run in ``directory``.
+
+    Args:
+        recipe: all numbers.
+        task: module, data and losses.
+        directory: run directory; checkpoints, metrics and previews go there.
+        report: called on the main process with each line of ``metrics.jsonl`` as it is written.
+    """
+
+    def __init__(self, recipe: Recipe, task: Task, directory: Path, report: Report | None = None) -> None:
+        self.recipe, self.task, self.directory = recipe, task, directory
+        self.report = report or (lambda _: None)
+        loop = recipe.loop
+        if loop.threads:
+            torch.set_num_threads(loop.threads)
+        self.accelerator = Accelerator(
+            gradient_accumulation_steps=loop.accumulate,
+            mixed_precision="bf16" if loop.precision == "bf16" else "no",
+        )
+        freeze(task.module, recipe.optim.freeze)
+        groups = parameter_groups(task.module, recipe.optim)
+        self.peaks = [group["lr"] for group in groups]
+        optimizer = torch.optim.AdamW(
+            [{k: v for k, v in g.items() if k not in ("names", "label")} for g in groups],
+            betas=recipe.optim.betas,  # type: ignore[arg-type]
+            eps=recipe.optim.eps,
+        )
+        self.average = Average(task.module, loop.ema) if loop.ema else None
+        self.position = checkpoints.Position()
+        self.module, self.optimizer = self.accelerator.prepare(task.module, optimizer)
+        self.accelerator.register_for_checkpointing(self.position, *([self.average] if self.average else []))
+        self.metrics = MetricsFile(directory, enabled=self.accelerator.is_main_process)
+        self.stop_signal = 0
+        if self.accelerator.is_main_process:
+            _write_parameters(directory / "parameters.txt", groups, task.module)
+
+    # ------------------------------------------------------------------ the run
+
+    def run(self, *, resume: bool = False) -> dict[str, float]:
+        """Train to the recipe's last step; returns the last evaluation.
+
+        Raises:
+            Interrupted: SIGINT or SIGTERM; a checkpoint was written first.
+            NotFiniteError: a loss was NaN or infinite.
+            OutputError: the directory holds a run and ``resume`` is False, or nothing to resume.
+        """
+        self._restore(resume)
+        loop = self.recipe.loop
+        handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+        last_saved, figures = time.monotonic(), {}
+        clock = _Clock(self.position.seconds)
+        try:
+            self.task.module.train()
+            for batches in self._batches():
+                line = self._step(batches, clock)
+                step = self.position.step
+                self.position.seconds = clock.total()
+                done = step == loop.steps
+                if step % loop.log_every == 0 or done:
+                    self._log({**line, **clock.rates(self.position)})
+                if step % loop.eval_every == 0 or done:
+                    figures = self._evaluate()
+                    clock.skip()
+                due = time.monotonic() - last_saved > 60 * loop.checkpoint_minutes
+                due |= bool(loop.checkpoint_steps) and step % loop.checkpoint_steps == 0
+                if self._stopping() or due or done:
+                    self._save()
+                    last_saved = time.monotonic()
+                    clock.skip()
+                if self._stopping() and not done:
+                    raise Interrupted(
+                        f"stopped at step {step} of {loop.steps}", remedy="the same command with --resume"
+                    )
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+            self.metrics.close()
+        with self._averaged():
+            if self.accelerator.is_main_process:
+                self.task.export(self.directory / "model")
+        self.accelerator.wait_for_everyone()
+        return figures
+
+    def _step(self, batches: list[tuple[int, Any]], clock: _Clock) -> dict[str, float]:
+        """One optimizer step over ``accumulate`` micro-batches; returns what is logged."""
+        recipe = self.recipe
+        factor = cosine_with_warmup(
+            self.position.step,
+            total=recipe.loop.steps,
+            warmup=recipe.optim.warmup,
+            min_ratio=recipe.optim.min_lr_ratio,
+        )
+        for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
+            group["lr"] = peak * factor
+        sums: dict[str, Tensor] = {}
+        norm = torch.zeros(())
+        for index, batch in batches:
+            with self.accelerator.accumulate(self.module):
+                torch.manual_seed(recipe.seed * SEED_STRIDE + index)
+                loss, parts = self.module(self.task.to_device(batch, self.accelerator.device))
+                if not math.isfinite(float(loss.detach())):
+                    self._not_finite(loss, batch)
+                self.accelerator.backward(loss)
+                if self.accelerator.sync_gradients and recipe.optim.clip:
+                    norm = self.accelerator.clip_grad_norm_(self.module.parameters(), recipe.optim.clip)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+            for name, value in {"loss": loss.detach(), **parts}.items():
+                sums[name] = sums.get(name, 0) + value / len(batches)
+            self.position.samples += self.task.size(batch)
+        if self.average:
+            self.average.update(self.task.module)
+        self.position.step += 1
+        clock.tick()
+        line = {name: round(float(value), 6) for name, value in sums.items()}
+        return {"step": self.position.step, **line, "lr": self.peaks[0] * factor, "grad_norm": round(float(norm), 4)}
+
+    # ------------------------------------------------------------------ data
+
+    def _batches(self) -> Iterator[list[tuple[int, Any]]]:
+        """The micro-batches of each remaining optimizer step, loaded two ahead in a thread."""
+        loop, world, rank = self.recipe.loop, self.accelerator.num_processes, self.accelerator.process_index
+        micro = range(self.position.step * loop.accumulate, loop.steps * loop.accumulate)
+        indices = [i * world + rank for i in micro]
+        with ThreadPoolExecutor(1) as pool:
+            pending: list[tuple[int, Future[Any]]] = []
+            ready: list[tuple[int, Any]] = []
+            upcoming = iter(indices)
+            try:
+                for _ in indices:
+                    while len(pending) < 3 and (index := next(upcoming, None)) is not None:
+                        pending.append((index, pool.submit(self.task.batch, index)))
+                    index, future = pending.pop(0)
+                    ready.append((index, future.result()))
+                    if len(ready) == loop.accumulate:
+                        yield ready
+                        ready = []
+            finally:
+                for _, future in pending:
+                    future.cancel()
+
+    # ------------------------------------------------------------------ what is written
+
+    def _averaged(self) -> AbstractContextManager[None]:
+        return self.average.applied(self.task.module) if self.average else nullcontext()  # type: ignore[return-value]
+
+    @torch.no_grad()
+    def _evaluate(self) -> dict[str, float]:
+        """Figures on held-out data with the averaged weights, plus preview and curves."""
+        figures: dict[str, float] = {}
+        if self.accelerator.is_main_process:
+            self.task.module.eval()
+            with self._averaged():
+                figures = {k: round(float(v), 5) for k, v in self.task.evaluate(self.recipe.loop.eval_samples).items()}
+                self.task.preview(self.directory / "preview.png")
+            self.task.module.train()
+            self._log({"step": self.position.step, **{f"val_{k}": v for k, v in figures.items()}})
+            self.metrics.plot()
+        self.accelerator.wait_for_everyone()
+        return figures
+
+    def _log(self, line: dict[str, Any]) -> None:
+        if self.accelerator.is_main_process:
+            self.metrics.write(line)
+            self.report({**line, "steps": self.recipe.loop.steps})
+
+    def _save(self) -> None:
+        folder = self.directory / "checkpoints"
+        checkpoints.save(self.accelerator, folder, self.position.step, self.recipe.loop.keep_checkpoints)
+
+    def _restore(self, resume: bool) -> None:
+        found = checkpoints.complete(self.directory / "checkpoints")
+        if resume and found:
+            self.accelerator.load_state(str(found[-1]))
+            self.metrics.cut(self.position.step)
+            logger.info("resumed at step %d of %d", self.position.step, self.recipe.loop.steps)
+        elif found:
+            raise OutputError(
+                f"{self.directory} already holds a training run", remedy="add --resume or choose another --out"
+            )
+
+    # ------------------------------------------------------------------ stopping
+
+    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
+        if self.stop_signal:  # the second one does not wait for the step to finish
+            raise Interrupted("stopped without a checkpoint", remedy="--resume continues from the last one")
+        self.stop_signal = number
+
+    def _stopping(self) -> bool:
+        """Whether any process was told to stop (all must leave at the same step)."""
+        if self.accelerator.num_processes == 1:
+            return bool(self.stop_signal)
+        flag = torch.tensor([float(bool(self.stop_signal))], device=self.accelerator.device)
+        return bool(self.accelerator.reduce(flag, "sum") > 0)
+
+    def _not_finite(self, loss: Tensor, batch: Any) -> None:
+        ids = ", ".join(self.task.ids(batch))
+        raise NotFiniteError(
+            f"loss is {float(loss.detach())} at step {self.position.step}; batch: {ids}",
+            remedy="lower the learning rate or look at these samples; --resume continues from the last checkpoint",
+        )
+
+
+class _Clock:
+    """Training time without evaluations and checkpoints, and images per second since the last log line."""
+
+    def __init__(self, before: float) -> None:
+        self.before, self.spent, self.mark = before, 0.0, time.monotonic()
+        self.last_samples, self.last_total = -1, before
+
+    def tick(self) -> None:
+        now = time.monotonic()
+        self.spent += now - self.mark
+        self.mark = now
+
+    def skip(self) -> None:
+        self.mark = time.monotonic()
+
+    def total(self) -> float:
+        return self.before + self.spent
+
+    def rates(self, position: checkpoints.Position) -> dict[str, float]:
+        known = self.last_samples >= 0
+        rate = (position.samples - self.last_samples) / max(1e-9, self.total() - self.last_total) if known else 0.0
+        self.last_samples, self.last_total = position.samples, self.total()
+        return {"images_per_s": round(rate, 2), "seconds": round(self.total(), 1)}
+
+
+def _write_parameters(path: Path, groups: list[dict[str, Any]], module: torch.nn.Module) -> None:
+    """Every parameter with its shape, peak learning rate and weight decay, so that nobody has to guess."""
+    lines = []
+    for group in groups:
+        for name, parameter in zip(group["names"], group["params"], strict=True):
+            lines.append(f"{group['lr']:.3g}\t{group['weight_decay']:.3g}\t{tuple(parameter.shape)}\t{name}")
+    lines += [f"frozen\t-\t{tuple(p.shape)}\t{n}" for n, p in module.named_parameters() if not p.requires_grad]
+    path.write_text("\n".join(["peak lr\tdecay\tshape\tname", *lines]) + "\n", encoding="utf-8")

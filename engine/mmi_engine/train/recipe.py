@@ -1,0 +1,305 @@
+"""Recipes: TOML file + ``key=value`` overrides → one frozen :class:`Recipe`, with the origin of each value.
+
+Place in the flow: the first thing `mmi train` reads and the only source of numbers for everything behind it. The
+resolved recipe is written into the run directory (``recipe.json``), so that a run can be repeated without guessing.
+Precedence: command line > recipe file > default. Unknown keys are errors that name the nearest valid key. No torch here.
+Source of the values in the shipped files: paper Tables 11 to 15, and measurements for the embedded model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import tomllib
+import types
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from mmi_engine.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where training samples come from."""
+
+    source: str = "toon"
+    """``toon``: the built-in world, drawn once into a cache directory."""
+    cache: str = ""
+    """Cache directory; empty means ``$MMI_CACHE/toon`` or ``~/.cache/mmi/toon``."""
+    stories: int = 3000
+    """Stories (five pictures each) of the training split to draw."""
+    workers: int = 2
+    """Processes that draw missing pictures."""
+    codec: str = ""
+    """Directory of a trained codec (``interleaved`` only): its latents are the image targets."""
+    crop: int = 0
+    """Side of random square crops in pixels (``vae`` only); 0 trains on whole pictures."""
+    mixture: dict[str, float] = field(default_factory=dict)
+    """Task → probability weight (``interleaved`` only)."""
+    length_buckets: int = 8
+    """Batches' worth of consecutive samples sorted by length before they are cut into batches."""
+
+    def __post_init__(self) -> None:
+        _require(self.source in ("toon",), "data.source must be 'toon'")
+        _require(self.stories > 0 and self.workers > 0, "data.stories and data.workers must be positive")
+        _require(self.length_buckets > 0, "data.length_buckets must be positive")
+        _require(all(weight >= 0 for weight in self.mixture.values()), "data.mixture weights must not be negative")
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Weights of the losses; which of them apply depends on the recipe's ``task``."""
+
+    l1: float = 1.0
+    mse: float = 1.0
+    edge: float = 0.0
+    """L1 on horizontal and vertical differences of neighbouring pixels (``vae``)."""
+    kl: float = 1e-6
+    text: float = 1.0
+    """L_NTP, next-token prediction (``interleaved``)."""
+    image: float = 10.0
+    """λ of L_NTP + λ L_NIP (paper Eq. 5)."""
+    noise_repeats: int = 1
+    """Noise levels drawn per image and step; the context is computed once for all of them."""
+
+
+@dataclass(frozen=True)
+class GroupConfig:
+    """A parameter group: the first whose pattern matches a name wins, as in the released parameter groups."""
+
+    pattern: str
+    """Regular expression searched in the parameter's full name."""
+    lr: float | None = None
+    """Absolute peak learning rate; ``None`` means ``lr_scale`` × ``optim.lr``."""
+    lr_scale: float = 1.0
+    decay: bool = True
+    """False switches weight decay off for the group (biases and norms never decay)."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW (Loshchilov & Hutter 2019) with a cosine schedule after a linear warm-up."""
+
+    lr: float = 1e-4
+    betas: tuple[float, ...] = (0.9, 0.995)
+    eps: float = 1e-6
+    weight_decay: float = 0.05
+    warmup: int = 1000
+    min_lr_ratio: float = 0.0
+    """Learning rate at the last step relative to the peak."""
+    clip: float = 1.0
+    """Largest global gradient norm; 0 switches clipping off."""
+    groups: tuple[GroupConfig, ...] = ()
+    freeze: tuple[str, ...] = ()
+    """Regular expressions of parameters that are not trained."""
+
+    def __post_init__(self) -> None:
+        _require(
+            len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "optim.betas must be two numbers in [0, 1)"
+        )
+        _require(self.lr > 0 and self.eps > 0, "optim.lr and optim.eps must be positive")
+        _require(self.warmup >= 0 and self.clip >= 0, "optim.warmup and optim.clip must not be negative")
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """How long, how much at once, and what is written when."""
+
+    steps: int = 15000
+    """Optimizer steps; the cosine ends here."""
+    batch_size: int = 16
+    """Samples per process and micro-batch."""
+    accumulate: int = 1
+    """Micro-batches per optimizer step."""
+    precision: str = "fp32"
+    """``fp32`` or ``bf16`` (autocast; weights stay fp32)."""
+    ema: float = 0.999
+    """Decay of the averaged weights that are evaluated and exported; 0 switches averaging off."""
+    threads: int = 0
+    """CPU threads; 0 leaves torch's choice."""
+    log_every: int = 20
+    checkpoint_minutes: float = 5.0
+    checkpoint_steps: int = 0
+    """Checkpoint every so many steps as well (0: by the clock only)."""
+    keep_checkpoints: int = 2
+    eval_every: int = 500
+    eval_samples: int = 64
+
+    def __post_init__(self) -> None:
+        positive = ("steps", "batch_size", "accumulate", "log_every", "keep_checkpoints", "eval_every", "eval_samples")
+        for name in positive:
+            _require(getattr(self, name) > 0, f"loop.{name} must be positive")
+        _require(self.precision in ("fp32", "bf16"), "loop.precision must be 'fp32' or 'bf16'")
+        _require(0 <= self.ema < 1, "loop.ema must be in [0, 1)")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything a training run depends on except the code and the data's content."""
+
+    task: str
+    """``vae`` (the image codec alone) or ``interleaved`` (the whole model, L_NTP + λ L_NIP)."""
+    name: str = ""
+    seed: int = 0
+    data: DataConfig = field(default_factory=DataConfig)
+    model: dict[str, Any] = field(default_factory=dict)
+    """``vae``: the fields of ``VAEConfig``. ``interleaved``: ``base`` (model directory or preset) and overrides."""
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    loop: LoopConfig = field(default_factory=LoopConfig)
+
+    def __post_init__(self) -> None:
+        _require(self.task in ("vae", "interleaved"), "task must be 'vae' or 'interleaved'")
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A recipe and, for every leaf key, where its value comes from: ``default``, a file, or ``command line``."""
+
+    recipe: Recipe
+    origins: dict[str, str]
+
+    def to_json(self) -> str:
+        """``{"recipe": …, "origins": {"loop.steps": "command line", …}}`` as indented text."""
+        return json.dumps({"recipe": dataclasses.asdict(self.recipe), "origins": self.origins}, indent=2) + "\n"
+
+
+def shipped() -> dict[str, Path]:
+    """Name → file of the recipes inside the package."""
+    folder = Path(str(resources.files("mmi_engine.train"))) / "recipes"
+    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
+
+
+def find(name_or_file: str) -> Path:
+    """The recipe file that a name or path means.
+
+    Raises:
+        ConfigError: neither a file nor a shipped name; the message names the nearest one.
+    """
+    known = shipped()
+    if name_or_file in known:
+        return known[name_or_file]
+    path = Path(name_or_file)
+    if path.is_file():
+        return path
+    near = difflib.get_close_matches(name_or_file, known, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"recipes that ship: {', '.join(known)}"
+    raise ConfigError(f"recipe {name_or_file!r} is neither a file nor the name of a shipped recipe", remedy=hint)
+
+
+def resolve(name_or_file: str, overrides: Iterable[str] = ()) -> Resolved:
+    """Read a recipe and apply ``key=value`` overrides (dotted keys, TOML values; a bare word is a string).
+
+    Raises:
+        ConfigError: file missing or not TOML, unknown key, value of the wrong type or out of range.
+    """
+    path = find(name_or_file)
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not a TOML file: {error}", remedy="correct the recipe") from error
+    table.setdefault("name", path.stem)
+    from_file = set(_leaves(table))
+    from_line: set[str] = set()
+    for text in overrides:
+        key, value = parse_override(text)
+        _assign(table, key, value)
+        from_line |= {leaf for leaf in _leaves(table) if leaf == key or leaf.startswith(key + ".")}
+    recipe = _build(Recipe, table, "", str(path))
+    origins = {}
+    for leaf in _leaves(dataclasses.asdict(recipe)):
+        origins[leaf] = (
+            "command line" if leaf in from_line else f"recipe {path.name}" if leaf in from_file else "default"
+        )
+    return Resolved(recipe, origins)
+
+
+def from_json(text: str) -> Resolved:
+    """Inverse of :meth:`Resolved.to_json`; what ``--resume`` reads from the run directory."""
+    data = json.loads(text)
+    return Resolved(_build(Recipe, data["recipe"], "", "recipe.json"), data["origins"])
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """``"optim.lr=1e-3"`` → ``("optim.lr", 0.001)``.
+
+    Raises:
+        ConfigError: no ``=`` or an empty key.
+    """
+    key, separator, value = text.partition("=")
+    key = key.strip()
+    if not separator or not key:
+        raise ConfigError(f"{text!r} is not of the form key=value", remedy="for example optim.lr=1e-4")
+    try:
+        return key, tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return key, value.strip()
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message, remedy="correct the recipe or the override")
+
+
+def _leaves(table: dict[str, Any], prefix: str = "") -> list[str]:
+    """Dotted keys of everything that is not a table."""
+    found: list[str] = []
+    for key, value in table.items():
+        found += _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) and value else [f"{prefix}{key}"]
+    return found
+
+
+def _assign(table: dict[str, Any], key: str, value: Any) -> None:
+    *parents, last = key.split(".")
+    for parent in parents:
+        child = table.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"{key!r}: {parent!r} is a value, not a table", remedy="see `mmi recipe show`")
+        table = child
+    table[last] = value
+
+
+def _build(cls: type, table: dict[str, Any], prefix: str, where: str) -> Any:
+    """Frozen dataclass from a table; every key must exist and every value must have the field's type."""
+    hints = get_type_hints(cls)
+    values: dict[str, Any] = {}
+    for key, value in table.items():
+        if key not in hints:
+            near = difflib.get_close_matches(key, hints, n=1, cutoff=0.5)
+            hint = (
+                f"did you mean {prefix + near[0]!r}?" if near else f"valid keys: {', '.join(prefix + h for h in hints)}"
+            )
+            raise ConfigError(f"{where}: unknown key {prefix + key!r}", remedy=hint)
+        values[key] = _convert(hints[key], value, prefix + key, where)
+    missing = [f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING]
+    for name in missing:
+        if name not in values:
+            raise ConfigError(f"{where}: key {prefix + name!r} is missing", remedy="add it to the recipe")
+    return cls(**values)
+
+
+def _convert(hint: Any, value: Any, key: str, where: str) -> Any:
+    """``value`` as the type ``hint`` (dataclass, number, str, bool, tuple, dict, optional)."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        if value is None:
+            return None
+        return _convert(next(a for a in arguments if a is not type(None)), value, key, where)
+    if dataclasses.is_dataclass(hint) and isinstance(value, dict):
+        return _build(hint, value, f"{key}.", where)  # type: ignore[arg-type]
+    if origin is tuple and isinstance(value, list | tuple):
+        return tuple(_convert(arguments[0], item, f"{key}[{i}]", where) for i, item in enumerate(value))
+    if origin is dict and isinstance(value, dict):
+        if arguments[1] is Any:
+            return value
+        return {k: _convert(arguments[1], v, f"{key}.{k}", where) for k, v in value.items()}
+    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    if hint in (int, str, bool) and type(value) is hint:
+        return value
+    name = getattr(hint, "__name__", str(hint))
+    raise ConfigError(f"{where}: {key!r} must be of type {name}, found {value!r}", remedy="correct the value")

@@ -1,0 +1,80 @@
+"""From a resolved recipe to a finished run directory: the one call behind ``mmi train``.
+
+runs/NAME/  recipe.json  run.json  parameters.txt  metrics.jsonl  curves.png  preview.png  checkpoints/  model/
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import platform
+import sys
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from mmi_engine.errors import OutputError
+from mmi_engine.train.recipe import Resolved
+
+logger = logging.getLogger(__name__)
+Report = Callable[[dict[str, Any]], None]
+VERSIONED = ("torch", "transformers", "diffusers", "accelerate", "numpy")
+
+
+def train(
+    resolved: Resolved, directory: Path, *, resume: bool = False, report: Report | None = None
+) -> dict[str, float]:
+    """Run ``resolved`` in ``directory``; returns the last evaluation's figures.
+
+    Args:
+        resolved: recipe with origins, see :func:`mmi_engine.train.recipe.resolve`.
+        directory: run directory, made when missing.
+        resume: go on from the newest checkpoint there (or start, when there is none).
+        report: called with every line of ``metrics.jsonl`` and with ``{"stage", "done", "total"}`` while preparing.
+
+    Raises:
+        ConfigError, OutputError, Interrupted, NotFiniteError: see :class:`mmi_engine.train.loop.Loop`.
+    """
+    from mmi_engine.train.loop import Loop
+
+    report = report or (lambda _: None)
+    if not resume and (directory / "recipe.json").exists():
+        raise OutputError(f"{directory} already holds a training run", remedy="add --resume or choose another --out")
+    directory.mkdir(parents=True, exist_ok=True)
+    task = build_task(resolved, report)
+    (directory / "recipe.json").write_text(resolved.to_json(), encoding="utf-8")
+    (directory / "run.json").write_text(json.dumps(_environment(), indent=2) + "\n", encoding="utf-8")
+    return Loop(resolved.recipe, task, directory, report).run(resume=resume)
+
+
+def build_task(resolved: Resolved, report: Report) -> Any:
+    """The task the recipe names, with its data prepared (drawn, encoded)."""
+    from mmi_engine.train import cache
+
+    recipe = resolved.recipe
+    root = Path(recipe.data.cache) if recipe.data.cache else cache.default_root()
+
+    def progress(stage: str) -> Callable[[int, int], None]:
+        return lambda done, total: report({"stage": stage, "done": done, "total": total})
+
+    if recipe.loop.threads:
+        import torch
+
+        torch.set_num_threads(recipe.loop.threads)
+    stories, workers = recipe.data.stories, recipe.data.workers
+    train_cache = cache.prepare(root, "train", stories, workers, progress("drawing training pictures"))
+    val_cache = cache.prepare(root, "val", cache.STORIES, workers, progress("drawing validation pictures"))
+    if recipe.task == "vae":
+        from mmi_engine.train.vae import CodecTask
+
+        return CodecTask(recipe, train_cache, val_cache)
+    from mmi_engine.train.interleaved import InterleavedTask
+
+    return InterleavedTask(recipe, train_cache, val_cache, progress("encoding pictures"))
+
+
+def _environment() -> dict[str, Any]:
+    """Command, host and versions, for whoever reads the run directory later."""
+    versions = {name: metadata.version(name) for name in VERSIONED}
+    return {"argv": sys.argv, "python": platform.python_version(), "machine": platform.platform(), **versions}
