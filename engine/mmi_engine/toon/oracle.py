@@ -314,7 +314,7 @@ def read(image: Image.Image) -> Reading:
     }
     scene, fits = _find_figure(view)
     fit |= fits
-    if scene is None or fit["figure"] > 22.0:
+    if scene is None or fit["figure"] > 19.0:
         return Reading(**told, fit=fit)
     pose = POSES[scene.action]
     cx = scene.x + pose.torso[0] * scene.scale
