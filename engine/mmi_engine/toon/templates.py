@@ -7,6 +7,7 @@ Everything is computed on first use and cached; nothing is learnt from data.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -68,13 +69,15 @@ def _points(xy: np.ndarray, colors: np.ndarray, alpha: np.ndarray) -> Points:
     return Points(*(np.ascontiguousarray(a, dtype=np.float32) for a in (xy, colors, alpha)))
 
 
-def _cutout(paint: object, size: int, x: float, y: float, scale: float) -> tuple[np.ndarray, np.ndarray]:
+def _cutout(
+    paint: Callable[[Canvas], None], size: int, x: float, y: float, scale: float
+) -> tuple[np.ndarray, np.ndarray]:
     """RGB uint8 and opacity [size, size] of what `paint(canvas)` draws with its origin at (x, y)."""
     shots = []
     for base in ((0, 0, 0), (255, 255, 255)):
         cv = Canvas(base=base, size=size)
         cv.at(x, y, scale)
-        paint(cv)  # type: ignore[operator]
+        paint(cv)
         shots.append(soften(cv.rgb()).astype(np.float32))
     alpha = 1.0 - (shots[1] - shots[0]).mean(axis=-1) / 255.0
     rgb = shots[0] / np.maximum(alpha, 0.05)[..., None]
