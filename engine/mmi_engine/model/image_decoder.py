@@ -82,8 +82,7 @@ class ImageDecoder(nn.Module):
         *,
         latents: Tensor | None,
         images: Tensor | None,
-        loss_mask: Tensor,
-        mean_over: str,
+        weights: Tensor,
         draws: Draws,
         noise_repeats: int = 1,
     ) -> DiffusionResult:
@@ -95,8 +94,7 @@ class ImageDecoder(nn.Module):
             visible: ``[N, M]``.
             latents: ``[N, C, h, w]`` scaled; or ``None`` and
             images: ``[N, 3, H, W]`` in [0, 1], encoded without gradient.
-            loss_mask: ``[N]`` multiplies every image's loss.
-            mean_over: ``all`` divides by the number of images, ``counted`` by the mask's sum.
+            weights: ``[N]`` multiplies every image's loss; the loss is their weighted sum.
             draws: random numbers; missing ones are drawn.
             noise_repeats: noise levels per image; context and features are computed once for all of them.
         """
@@ -112,7 +110,7 @@ class ImageDecoder(nn.Module):
         if noise_repeats > 1:
             latents, tokens = latents.repeat(noise_repeats, 1, 1, 1), tokens.repeat(noise_repeats, 1, 1)
             vision = None if vision is None else vision.repeat(noise_repeats, batch)
-            loss_mask = loss_mask.repeat(noise_repeats)
+            weights = weights.repeat(noise_repeats) / noise_repeats
         noise = draws.diffusion_noise if draws.diffusion_noise is not None else torch.randn_like(latents)
         steps = draws.timesteps
         if steps is None:
@@ -122,9 +120,8 @@ class ImageDecoder(nn.Module):
         velocity = self.scheduler.config.prediction_type == "v_prediction"
         target = self.scheduler.get_velocity(latents, noise, steps) if velocity else noise
         per_image = F.mse_loss(prediction.float(), target.float(), reduction="none").mean(dim=(1, 2, 3))
-        weighted = per_image * self._snr_weight(steps) * loss_mask
-        count = loss_mask.sum().clamp(min=1) if mean_over == "counted" else len(weighted)
-        return DiffusionResult(weighted.sum() / count, per_image.detach(), prediction, noisy, latents)
+        loss = (per_image * self._snr_weight(steps) * weights).sum()
+        return DiffusionResult(loss, per_image.detach(), prediction, noisy, latents)
 
     def _snr_weight(self, steps: Tensor) -> Tensor | float:
         """Min-SNR-γ weight per time step (Hang et al. 2023), 1 when the option is off."""

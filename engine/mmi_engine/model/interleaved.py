@@ -123,14 +123,24 @@ class MMInterleaved(nn.Module):
         if batch.image_loss_mask is not None:
             counted = counted * batch.image_loss_mask
         visible = decoder_visibility(batch.text_ids, tokens, self.config.image_decoder.context_images)
+        features = [previous_images(m, visible.shape[1]) for m in visual.features]
+        latents, pictures = batch.latents, batch.images_dec
+        divisor = counted.sum().clamp(min=1) if self.config.image_loss_mean == "counted" else float(len(counted))
+        if draws.uncond_uniform is None:  # an image without weight need not be drawn; given draws fix the row count
+            kept = counted.nonzero().squeeze(1)
+            if len(kept) == 0:
+                return DiffusionResult(condition.sum() * 0.0, condition.new_zeros(0), *[condition.new_zeros(0)] * 3)
+            condition, visible, counted = condition[kept], visible[kept], counted[kept]
+            features = [m[kept] for m in features]
+            latents = None if latents is None else latents[kept]
+            pictures = None if pictures is None else pictures[kept]
         return self.image_decoder.diffusion_loss(
             condition,
-            [previous_images(m, visible.shape[1]) for m in visual.features],
+            features,
             visible,
-            latents=batch.latents,
-            images=batch.images_dec,
-            loss_mask=counted,
-            mean_over=self.config.image_loss_mean,
+            latents=latents,
+            images=pictures,
+            weights=counted / divisor,
             draws=draws,
             noise_repeats=noise_repeats,
         )
