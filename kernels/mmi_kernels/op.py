@@ -40,6 +40,9 @@ class BackendState(NamedTuple):
     available: bool
     reason: str
 
+    def __str__(self) -> str:
+        return self.reason if self.available else f"unavailable: {self.reason}"
+
 
 @cache
 def _numba_present() -> bool:

@@ -1,0 +1,306 @@
+"""Times the backends of `deform_sample` on this machine, after checking what they compute.
+
+Place in the flow: `mmi bench kernel` calls `run` and shows its rows; the figures kept under `kernels/results/` are what
+`run` returned, as JSON. Nothing here prints.
+
+Verify before timing: a backend's output and gradients may be at most twice as far from the float64 reference as the
+float32 reference is (plus a floor of a few units in the last place), else the case fails and is not timed.
+
+Figures per case, backend and pass ("forward", "training" = forward + backward): the median in milliseconds, the spread
+(80th minus 20th percentile over the median), and the speed relative to torch. The backends take turns within each
+repetition, so a load that comes and goes hits them alike: on a shared machine read the ratios, not the milliseconds,
+and prefer the processor clock with one thread.
+
+Shapes: the MMFS calls of the released model (LLM: 16 heads × 64 channels, 8 points, levels 32², 16², 8²; image decoder:
+the same with levels 64² … 8²; vision adapter: 16 × 32, 4 points), rows and queries cut to what a CPU does in seconds,
+and the training shapes of the toon model. Source: architecture of MM-Interleaved; Deformable DETR for the operation.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mmi_kernels.op import backends, deform_sample, resolve
+
+# A median of fewer repetitions means little; the float32 floor is in units of the largest magnitude.
+_LEAST_REPEATS = 5
+_FLOOR = 2e-6
+_CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "processor": time.process_time}
+_RESULTS = ("output", "value gradient", "locations gradient", "weights gradient")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call's shapes.
+
+    Attributes:
+        name: unique, for people.
+        rows, heads, dim, queries, points: N, H, D, Q, P.
+        sides: side of each square level of one image, in positions.
+        images: how many images each query samples; L = images · len(sides).
+        offsets: "near" draws ±3 positions (standard deviation) around the query's place, as trained offsets do;
+            "uniform" draws anywhere on the map.
+        training: whether the call occurs in training, so that gradients are checked and timed too.
+    """
+
+    name: str
+    rows: int
+    sides: tuple[int, ...]
+    images: int
+    heads: int
+    dim: int
+    queries: int
+    points: int
+    offsets: str = "near"
+    training: bool = True
+
+    @property
+    def spatial_shapes(self) -> tuple[tuple[int, int], ...]:
+        """(height, width) of all L levels."""
+        return tuple((side, side) for side in self.sides) * self.images
+
+    def draw(self, device: torch.device | str, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+        """value [N, S, H, D], locations [N, Q, H, L, P, 2] and softmax weights [N, Q, H, L, P], float32."""
+        generator = torch.Generator().manual_seed(seed)
+        n, q, h, levels, p = self.rows, self.queries, self.heads, len(self.spatial_shapes), self.points
+        positions = sum(height * width for height, width in self.spatial_shapes)
+        value = torch.randn(n, positions, h, self.dim, generator=generator)
+        if self.offsets == "uniform":
+            locations = torch.rand(n, q, h, levels, p, 2, generator=generator)
+        else:
+            offsets = torch.randn(n, q, h, 1, p, 2, generator=generator) * 3 / self.sides[0]
+            locations = (self._places() + offsets).expand(n, q, h, levels, p, 2).contiguous()
+        weights = torch.randn(n, q, h, levels * p, generator=generator).softmax(-1).view(n, q, h, levels, p)
+        return value.to(device), locations.to(device), weights.to(device)
+
+    def _places(self) -> Tensor:
+        """[1, Q, 1, 1, 1, 2]: cell centres of the query grid where Q is a square, else the middle (as in the LLM)."""
+        side = round(self.queries**0.5)
+        if side * side != self.queries or side == 1:
+            return torch.full((1, 1, 1, 1, 1, 2), 0.5)
+        centres = (torch.arange(side) + 0.5) / side
+        return torch.stack(torch.meshgrid(centres, centres, indexing="xy"), dim=-1).view(1, -1, 1, 1, 1, 2)
+
+
+def _decoder(side: int, images: int) -> Case:
+    return Case(f"image decoder {side}×{side}, {images} images", 1, (64, 32, 16, 8), images, 16, 64, side * side, 8)
+
+
+def _language(name: str, rows: int, queries: int, images: int) -> Case:
+    label = f"{name} {rows}×{queries}, {images} images"
+    return Case(label, rows, (32, 16, 8), images, 16, 64, queries, 8, training=queries > 1)
+
+
+CASES: tuple[Case, ...] = (
+    Case("toon image decoder, training", 64, (32, 16, 8, 4), 1, 4, 16, 256, 4),
+    Case("toon language model, training", 16, (16, 8, 4), 5, 4, 16, 160, 4),
+    *(_language("decode", rows, 1, images) for rows in (1, 8) for images in (1, 4, 10)),
+    *(_language("prefill", 1, 256, images) for images in (1, 10)),
+    *(_decoder(side, images) for side in (8, 16, 32) for images in (1, 4)),
+    Case("adapter injector", 2, (32, 16, 8), 1, 16, 32, 256, 4),
+    Case("adapter extractor", 2, (16,), 1, 16, 32, 1344, 4),
+    Case("adapter extractor, uniform", 2, (16,), 1, 16, 32, 1344, 4, "uniform"),
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measured figure. `speedup` is torch's median over this one; `error` the worst relative error found."""
+
+    case: str
+    backend: str
+    step: str  # "forward" or "training"
+    median_ms: float
+    spread: float
+    speedup: float
+    error: float
+    repeats: int
+
+
+class VerificationError(RuntimeError):
+    """A backend computed something else than the reference; its speed would mean nothing."""
+
+
+def run(
+    cases: Sequence[Case] = CASES,
+    *,
+    device: torch.device | str = "cpu",
+    names: Sequence[str] | None = None,
+    seconds: float = 1.0,
+    clock: str = "wall",
+    on_row: Callable[[Row], None] | None = None,
+) -> dict[str, Any]:
+    """Verify, then time. Returns {"machine": …, "clock": …, "rows": […]}, ready for JSON.
+
+    Args:
+        cases: what to time.
+        device: where.
+        names: backends, torch first as the measure; default: all that serve float32 on the device.
+        seconds: time to spend on each case and step (at least five repetitions are made).
+        clock: "wall", or "processor": CPU time of this process, which other processes hardly disturb. It counts what
+            threads spend waiting for each other, so use it with one thread, and not for a GPU.
+        on_row: called with each figure as it comes.
+
+    Raises:
+        VerificationError: a backend's numbers are wrong.
+        KernelUnavailable: a named backend cannot serve the device.
+    """
+    if names is None:
+        served = {resolve("auto", device)}
+        names = ["torch", *(name for name in backends() if name in served - {"torch"})]
+    names = ["torch", *(resolve(name, device) for name in names if name != "torch")]
+    rows: list[Row] = []
+    for case in cases:
+        errors = verify(case, names, device)
+        for row in _timed(case, names, device, seconds, errors, _CLOCKS[clock]):
+            rows.append(row)
+            if on_row is not None:
+                on_row(row)
+    return {"machine": machine(device), "clock": clock, "rows": [asdict(row) for row in rows]}
+
+
+def verify(case: Case, names: Sequence[str], device: torch.device | str = "cpu") -> dict[str, float]:
+    """Worst relative error of each backend's output (and gradients) against float64. Raises VerificationError."""
+    inputs = case.draw(device, seed=1)
+    pull = torch.randn(case.rows, case.queries, case.heads * case.dim, generator=torch.Generator().manual_seed(2))
+    pull = pull.to(device)
+    truth = _all_results(case, tuple(tensor.double() for tensor in inputs), pull.double(), "torch")
+    allowed = [
+        2 * _error(single, exact) + _FLOOR
+        for single, exact in zip(_all_results(case, inputs, pull, "torch"), truth, strict=True)
+    ]
+    worst: dict[str, float] = {}
+    for name in names:
+        errors = [
+            _error(result, exact) for result, exact in zip(_all_results(case, inputs, pull, name), truth, strict=True)
+        ]
+        for what, error, bound in zip(_RESULTS, errors, allowed, strict=False):
+            if not error <= bound:
+                raise VerificationError(f"{name}, {case.name}: {what} off by {error:.1e}, allowed {bound:.1e}")
+        worst[name] = max(errors)
+    return worst
+
+
+def _all_results(case: Case, inputs: tuple[Tensor, ...], pull: Tensor, name: str) -> list[Tensor]:
+    leaves = [tensor.clone().requires_grad_() for tensor in inputs]
+    out = deform_sample(leaves[0], case.spatial_shapes, leaves[1], leaves[2], backend=name)
+    if not case.training:
+        return [out.detach()]
+    return [out.detach(), *torch.autograd.grad(out, leaves, pull)]
+
+
+def _error(result: Tensor, truth: Tensor) -> float:
+    return ((result.double() - truth).abs().max() / truth.abs().max().clamp_min(1e-30)).item()
+
+
+def _timed(
+    case: Case,
+    names: Sequence[str],
+    device: torch.device | str,
+    seconds: float,
+    errors: dict[str, float],
+    clock: Callable[[], float],
+) -> list[Row]:
+    value, locations, weights = case.draw(device)
+    leaves = [tensor.clone().requires_grad_() for tensor in (value, locations, weights)]
+    pull = torch.ones(case.rows, case.queries, case.heads * case.dim, device=device)
+
+    def forward(name: str) -> None:
+        with torch.no_grad():
+            deform_sample(value, case.spatial_shapes, locations, weights, backend=name)
+
+    def training(name: str) -> None:
+        out = deform_sample(leaves[0], case.spatial_shapes, leaves[1], leaves[2], backend=name)
+        torch.autograd.grad(out, leaves, pull)
+
+    rows = []
+    for step, call in (("forward", forward), ("training", training))[: 1 + case.training]:
+        times = _turns(call, names, device, seconds, clock)
+        measure = statistics.median(times[names[0]])
+        for name in names:
+            low, middle, high = np.quantile(times[name], [0.2, 0.5, 0.8]).tolist()
+            rows.append(
+                Row(
+                    case.name,
+                    name,
+                    step,
+                    middle * 1e3,
+                    (high - low) / middle,
+                    measure / middle,
+                    errors[name],
+                    len(times[name]),
+                )
+            )
+    return rows
+
+
+def _turns(
+    call: Callable[[str], None],
+    names: Sequence[str],
+    device: torch.device | str,
+    seconds: float,
+    clock: Callable[[], float],
+) -> dict[str, list[float]]:
+    """Seconds per call of each backend, taking turns until the time is up."""
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for name in names:
+        call(name)  # compiles, and warms caches
+    end = clock() + seconds
+    while len(times[names[0]]) < _LEAST_REPEATS or clock() < end:
+        for name in names:
+            _wait(device)
+            start = clock()
+            call(name)
+            _wait(device)
+            times[name].append(clock() - start)
+    return times
+
+
+def _wait(device: torch.device | str) -> None:
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def machine(device: torch.device | str = "cpu") -> dict[str, Any]:
+    """Hardware and versions that the figures hold for."""
+    found: dict[str, Any] = {
+        "device": _processor() if torch.device(device).type == "cpu" else torch.cuda.get_device_name(device),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+    }
+    if backends()["numba"].available:
+        import llvmlite
+        import numba
+
+        found |= {"numba": numba.__version__, "llvm": llvmlite.__version__, "cpu": numba.config.CPU_NAME or "host"}
+    return found
+
+
+def slug(device: torch.device | str = "cpu") -> str:
+    """A file name for this machine's figures, such as "cpu-amd-epyc"."""
+    kind = torch.device(device).type
+    return f"{kind}-{re.sub(r'[^a-z0-9]+', '-', machine(device)['device'].lower()).strip('-')}"
+
+
+def _processor() -> str:
+    """The CPU's name as the system gives it."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    except OSError:  # not Linux
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()

@@ -1,0 +1,76 @@
+"""The benchmark refuses to time wrong numbers, and reports what it timed."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mmi_kernels import bench, deform_sample
+from mmi_kernels.bench import CASES, Case
+
+SMALL = Case("small", 2, (4, 2), 2, 2, 16, 4, 3)
+DECODE = Case("decode", 1, (4,), 1, 2, 16, 1, 3, offsets="uniform", training=False)
+
+
+def test_rows_tell_what_was_timed() -> None:
+    seen: list[bench.Row] = []
+    result = bench.run([SMALL, DECODE], seconds=0.0, clock="processor", on_row=seen.append)
+    assert json.loads(json.dumps(result)) == result
+    steps = [(row.case, row.backend, row.step) for row in seen]
+    assert steps == [
+        *(("small", backend, step) for step in ("forward", "training") for backend in ("torch", "numba")),
+        *(("decode", backend, "forward") for backend in ("torch", "numba")),
+    ]
+    assert all(row["median_ms"] > 0 and row["repeats"] >= 5 for row in result["rows"])
+    for torchs, numbas in zip(seen[::2], seen[1::2], strict=True):
+        assert torchs.speedup == 1
+        assert numbas.speedup == pytest.approx(torchs.median_ms / numbas.median_ms)
+    assert result["machine"]["torch"] == torch.__version__
+
+
+@pytest.mark.parametrize("broken", ["output", "value gradient", "locations gradient", "weights gradient"])
+def test_wrong_numbers_are_not_timed(broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A backend whose result is off by one in ten thousand in one of four places."""
+    place = ("output", "value gradient", "locations gradient", "weights gradient").index(broken)
+
+    class Skew(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, tensor: Tensor, ahead: float, back: float) -> Tensor:
+            ctx.back = back
+            return tensor * ahead
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+            return gradient * ctx.back, None, None
+
+    def skewed(value: Tensor, shapes: Any, locations: Tensor, weights: Tensor, *, backend: str) -> Tensor:
+        inputs = [value, locations, weights]
+        if backend == "numba" and place:
+            inputs[place - 1] = Skew.apply(inputs[place - 1], 1.0, 1.0001)
+        out = deform_sample(inputs[0], shapes, inputs[1], inputs[2], backend=backend)
+        return Skew.apply(out, 1.0001, 1.0) if backend == "numba" and not place else out
+
+    monkeypatch.setattr(bench, "deform_sample", skewed)
+    with pytest.raises(bench.VerificationError, match=f"numba, small: {broken} off by"):
+        bench.run([SMALL], seconds=0.0)
+
+
+def test_shipped_cases_are_distinct_and_consistent() -> None:
+    assert len({case.name for case in CASES}) == len(CASES)
+    value, locations, weights = SMALL.draw("cpu")
+    assert value.shape == (2, 2 * (16 + 4), 2, 16)
+    assert locations.shape == (2, 4, 2, 4, 3, 2) and weights.shape == (2, 4, 2, 4, 3)
+    assert torch.allclose(weights.sum((-1, -2)), torch.ones(2, 4, 2))
+    # a 2 × 2 query grid looks around its cell centres, x first
+    _, locations, _ = Case("fine", 2, (64,), 1, 2, 16, 4, 3).draw("cpu")
+    centres = locations.mean((0, 2, 3, 4))
+    assert torch.equal(centres > 0.5, torch.tensor([[False, False], [True, False], [False, True], [True, True]]))
+
+
+def test_slug_is_a_file_name() -> None:
+    assert re.fullmatch(r"cpu(-[a-z0-9]+)+", bench.slug())
