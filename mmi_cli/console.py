@@ -7,13 +7,14 @@ terminal, plain lines in a log, JSON lines with ``--log-format json``, silence w
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import sys
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -115,6 +116,16 @@ class Console:
     def json(self, value: Mapping[str, Any] | list[Any]) -> None:
         """A JSON document on stdout."""
         self.out(json.dumps(value, ensure_ascii=False, indent=2))
+
+    @contextlib.contextmanager
+    def counting(self, verb: str) -> Iterator[Callable[[int, int], None]]:
+        """A progress callback (done, total) for work that has no items of its own; a bar where one can be drawn."""
+        if not self.live:
+            yield lambda done, total: None
+            return
+        with _make_bar() as bar:
+            task = bar.add_task(verb, total=None)
+            yield lambda done, total: bar.update(task, completed=done, total=total)
 
     def _say(self, level: str, text: str, **fields: Any) -> None:
         if self.json_log:

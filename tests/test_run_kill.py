@@ -37,7 +37,9 @@ def tree(directory: Path) -> dict[str, bytes | None]:
 
 @pytest.fixture
 def manifest(tmp_path, monkeypatch) -> Path:
-    monkeypatch.setattr(os, "fsync", lambda handle: None)  # matters for a power cut, not for a kill; costs most of the time
+    monkeypatch.setattr(
+        os, "fsync", lambda handle: None
+    )  # matters for a power cut, not for a kill; costs most of the time
     folder = tmp_path / "data"
     folder.mkdir()
     Image.new("RGB", (20, 10), (1, 2, 3)).save(folder / "a.png")

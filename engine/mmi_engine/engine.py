@@ -74,11 +74,10 @@ class ModelEngine:
 
     def identity(self, rows: int, recorded: dict[str, Any]) -> dict[str, Any]:
         """Model fingerprint and definite settings; see `Engine.identity`."""
-        from mmi_engine.model.checkpoint import model_directory
         from mmi_engine.model.config import ModelConfig
-        from mmi_engine.model_info import fingerprint
+        from mmi_engine.model_info import fingerprint, locate
 
-        self._directory = model_directory(self.choices.model)
+        self._directory = locate(self.choices.model)
         config = ModelConfig.load(self._directory)
         self.image_size = config.image_decoder.vae.image_size
         before = recorded.get("settings", {})

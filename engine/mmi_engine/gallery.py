@@ -66,6 +66,7 @@ td code { color: var(--bad); white-space: nowrap; }
 td:first-child { white-space: nowrap; color: var(--soft); font-variant-numeric: tabular-nums; }
 footer { padding-top: 8px; padding-bottom: 44px; color: var(--soft); font-size: 13px; }
 footer a { color: inherit; }
+@media (max-width: 560px) { .strip { grid-template-columns: repeat(auto-fill, minmax(132px, 1fr)); gap: 14px; } }
 @media print { .item { break-inside: avoid; box-shadow: none; } }
 """
 

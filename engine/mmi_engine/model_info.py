@@ -49,6 +49,21 @@ class ModelInfo:
         return int(self.parameters * DTYPE_BYTES[dtype] * WORKING_MEMORY)
 
 
+def locate(name: str) -> Path:
+    """Directory of a model by embedded name or path, without importing the model code.
+
+    Raises:
+        ModelError: neither, or one that misses a file.
+    """
+    directory = Path(__file__).parent / "toon" / "weights" if name == "toon" else Path(name)
+    if not directory.is_dir():
+        raise ModelError(f'model "{name}" not found', remedy="name a model directory, or toon for the embedded model")
+    for needed in ("config.json", "*.safetensors"):
+        if not any(directory.glob(needed)):
+            raise ModelError(f'model "{name}" holds no {needed}', remedy="restore the model directory")
+    return directory
+
+
 def weight_files(directory: Path) -> list[Path]:
     """The safetensors files of a model directory, sorted by name."""
     return sorted(directory.glob("*.safetensors"))
@@ -83,10 +98,9 @@ def describe(name: str) -> ModelInfo:
     Raises:
         ModelError: no such model, or damaged files.
     """
-    from mmi_engine.model.checkpoint import model_directory
     from mmi_engine.model.config import ModelConfig
 
-    directory = model_directory(name)
+    directory = locate(name)
     config = ModelConfig.load(directory)
     parts: Counter[str] = Counter()
     stored: Counter[str] = Counter()

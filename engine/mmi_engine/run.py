@@ -158,7 +158,7 @@ class _Worker:
         self._scan()
         recorded = {} if self.options.overwrite else self.out.read_run().get("identity", {})
         identity = {
-            "task": self.task.name,
+            "task": {"name": self.task.name, **self.task.settings},
             "manifest": self.manifest.fingerprint(),
             "root": self.manifest.root_label,
             "seed": self.options.seed,

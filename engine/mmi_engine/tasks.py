@@ -81,10 +81,17 @@ class Panel:
 
 
 class Task(Protocol):
-    """What `run.py` needs to know of a command."""
+    """What `run.py` needs to know of a command.
+
+    Attributes:
+        name: of the command.
+        makes_images: whether results include pictures.
+        settings: the task's own options that change an item's output.
+    """
 
     name: str
     makes_images: bool
+    settings: dict[str, Any]
 
     def read(self, row: Row, loader: ImageLoader) -> Job:
         """The row as a job; raises ItemError (broken structure, unreadable image)."""
@@ -115,6 +122,7 @@ class StoryTask:
 
     def __init__(self, free: int = 0) -> None:
         self.free = free
+        self.settings = {"free": free}
 
     def read(self, row: Row, loader: ImageLoader) -> Job:
         """See `Task.read`. Structure is checked in full before the first image is loaded."""
@@ -285,9 +293,9 @@ def _messages_out(job: Job, filled: Sequence[Piece], media: _Media) -> list[dict
     messages: list[dict[str, Any]] = []
     position = 0
     for number, message in enumerate(job.row.data["messages"]):
-        count = len(messages_to_drafts([message, {"role": "assistant"}]))
         if number == len(job.row.data["messages"]) - 1 and message["role"] == "assistant":
-            break
+            break  # the turn left open
+        count = len(messages_to_drafts([message, {"role": "assistant"}]))
         content = [_part_out(piece, media, False) for piece in filled[position : position + count]]
         messages.append({"role": message["role"], "content": content})
         position += count

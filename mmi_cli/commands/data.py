@@ -63,11 +63,15 @@ def make() -> None:
 )
 @click.option("--out", required=True, metavar="DIR", help="Folder for the manifests and pictures.")
 @click.option("--split", type=click.Choice(["train", "val", "test"]), default="test", show_default=True)
-@click.option("--count", type=click.IntRange(1), default=100, show_default=True, help="Rows per manifest.")
+@click.option("--count", type=click.IntRange(1), default=100, show_default=True, help="Stories, and single scenes.")
+@click.option("--start", type=click.IntRange(0), default=0, show_default=True, help="Index of the first.")
 @message_options
-def toon(out: str, split: str, count: int) -> None:
+def toon(out: str, split: str, count: int, start: int) -> None:
     """Draw scenes and stories of the embedded world, with exact truth, as manifests for every task."""
     from mmi_engine.toon.dataset import make_dataset
 
-    made = make_dataset(Path(out), split, count)
-    console.current().notice(f"wrote {made} to {out}" if made is not None else f"wrote {out}")
+    terminal = console.current()
+    with terminal.counting("drawing") as progress:
+        made = make_dataset(Path(out), split, count, start, progress=progress)
+    rows = ", ".join(f"{name} {number}" for name, number in made.items())
+    terminal.event("made", f"wrote {out}: {rows} rows", rows=made)
