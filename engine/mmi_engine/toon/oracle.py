@@ -37,6 +37,7 @@ from mmi_engine.toon.sight import (
 from mmi_engine.toon.texts import BODY_CLASSES, Box, box_of
 from mmi_engine.toon.world import ACTIONS, CHARACTERS, HATS, PROPS, Prop, Scene
 
+GOOD, POOR = 19.0, 25.0  # figure fits: up to GOOD one is there, up to POOR if a number can be read on it as well
 SMALLEST, LARGEST = 23.0, 34.5  # heights in px within which props are sought
 
 
@@ -314,12 +315,14 @@ def read(image: Image.Image) -> Reading:
     }
     scene, fits = _find_figure(view)
     fit |= fits
-    if scene is None or fit["figure"] > 19.0:
+    if scene is None or fit["figure"] > POOR:
         return Reading(**told, fit=fit)
     pose = POSES[scene.action]
     cx = scene.x + pose.torso[0] * scene.scale
     cy = scene.y + (pose.torso[1] + 1.5 - pose.lift) * scene.scale
     tens, ones = read_digits(view, cx, cy, scene.scale, (-7.2, 7.2))
+    if fit["figure"] > GOOD and (tens is None or ones is None):
+        return Reading(**told, fit=fit)
     core = t.figure(scene.character, scene.action)[3]
     shirt, fit["shirt_margin"] = read_shirt(view, core, cx, cy, scene.scale)
     hat, fit["hat_margin"] = _read_hat(view, scene, t.background(setting.place, setting.sun, setting.pan))
