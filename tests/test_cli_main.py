@@ -9,12 +9,16 @@ import sys
 from pathlib import Path
 
 import click
+import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import save_file
 
 from mmi_cli import console
 from mmi_cli.main import COMMANDS, cli, main
 from mmi_engine import __version__, errors, versions
+from mmi_engine.model.presets import released_config
+from mmi_engine.model_info import fingerprint
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 HEAVY = ("torch", "transformers", "diffusers", "accelerate", "numpy", "numba", "matplotlib", "rich", "PIL")
@@ -73,7 +77,8 @@ def test_shell_completion_is_there(monkeypatch, capsys):
     monkeypatch.setenv("_MMI_COMPLETE", "bash_complete")
     monkeypatch.setenv("COMP_WORDS", "mmi st")
     monkeypatch.setenv("COMP_CWORD", "1")
-    assert main([]) == 0
+    with pytest.raises(SystemExit):
+        main([])
     assert "story" in capsys.readouterr().out
 
 
@@ -132,13 +137,37 @@ def test_recipes_are_listed_shown_and_copied(tmp_path, capsys):
     assert main(["recipe", "show", "no-such-recipe"]) == 2
 
 
-def test_model_info_of_a_hand_made_directory(tmp_path, capsys):
+def test_model_info_counts_what_the_files_hold(tmp_path, capsys):
+    tensors = {"a.x": np.zeros((3, 4), np.float16), "a.y": np.zeros(5, np.float16), "b.z": np.zeros((), np.float32)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert main(["model", "info", str(tmp_path)]) == 1  # no config.json
+    (tmp_path / "config.json").write_text(released_config().to_json())
+    assert main(["model", "info", str(tmp_path), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["parameters"], found["tensors"], found["image_size"]) == (18, 3, 512)
+    assert found["parts"] == {"a": 17, "b": 1} and found["stored"] == ["F16", "F32"]
+    assert found["memory_bytes"]["fp32"] == 2 * found["memory_bytes"]["bf16"] >= 18 * 4
+    assert main(["model", "info", str(tmp_path)]) == 0
+    assert found["fingerprint"] in capsys.readouterr().out
+
+
+def test_a_fingerprint_sees_every_file_and_no_path(tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "config.json").write_text("{}")
+        (tmp_path / folder / "model.safetensors").write_bytes(b"weights")
+    assert fingerprint(tmp_path / "a") == fingerprint(tmp_path / "b")
+    (tmp_path / "b/tokenizer.json").write_text("{}")
+    assert fingerprint(tmp_path / "a") != fingerprint(tmp_path / "b")
+
+
+def test_missing_and_damaged_models_are_refused_with_1(tmp_path, capsys):
     assert main(["model", "info", str(tmp_path / "missing")]) == 1
-    (tmp_path / "config.json").write_text("{}")
-    (tmp_path / "model.safetensors").write_bytes(b"\xff" * 64)
-    assert main(["model", "info", str(tmp_path)]) == 1
-    message = capsys.readouterr().err
-    assert "Traceback" not in message and "restore" in message
+    (tmp_path / "config.json").write_text(released_config().to_json())
+    for damage in (b"", b"\xff" * 64, b"\x05\0\0\0\0\0\0\0{bad}"):
+        (tmp_path / "model.safetensors").write_bytes(damage)
+        assert main(["model", "info", str(tmp_path)]) == 1
+        assert "restore the model directory" in capsys.readouterr().err
 
 
 def test_doctor_turns_a_broken_part_into_a_finding_with_a_remedy():

@@ -304,9 +304,14 @@ class OutputDir:
     def read_run(self) -> dict[str, Any]:
         """The content of run.json; {} when there is none."""
         try:
-            content = json.loads((self.directory / RUN).read_bytes())
-        except (FileNotFoundError, ValueError):
+            with _disk(self.directory):
+                content = json.loads((self.directory / RUN).read_bytes())
+        except ValueError:
             return {}
+        except OutputError as error:
+            if isinstance(error.__cause__, FileNotFoundError):
+                return {}
+            raise
         return content if isinstance(content, dict) else {}
 
     def write_run(self, content: dict[str, Any]) -> None:
