@@ -17,6 +17,7 @@ import json
 import logging
 import multiprocessing
 import os
+import random
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,7 +31,9 @@ import numpy as np
 logger = logging.getLogger(__name__)
 STORIES = 250
 FRAMES = 5
-CAPTIONS = 3
+CAPTIONS = 2
+FORMAT = b"2"
+"""Changes with the files' layout, so that old shards are not mistaken for new ones."""
 WORLD_FILES = ("world.py", "draw.py", "canvas.py", "characters.py", "palette.py", "places.py", "props.py", "texts.py")
 
 
@@ -42,7 +45,7 @@ def default_root() -> Path:
 def fingerprint() -> str:
     """Short hash of the code that decides what the world looks like."""
     folder = Path(str(resources.files("mmi_engine.toon")))
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(FORMAT)
     for name in WORLD_FILES:
         digest.update((folder / name).read_bytes())
     return digest.hexdigest()[:10]
@@ -99,7 +102,7 @@ class Cache:
         return [(shard / "texts.jsonl").read_bytes().splitlines() for shard in self._shards]
 
     def texts(self, story: int) -> dict[str, Any]:
-        """``{"texts": [5], "frames": [{"captions", "questions", "referring"}]}`` of one story."""
+        """``{"texts": [5], "frames": [{"captions", "details", "questions", "referring"}]}`` of one story."""
         return json.loads(self._lines[story // STORIES][story % STORIES])
 
     def encode(
@@ -150,27 +153,27 @@ def _draw_shard(job: tuple[Path, str, int]) -> None:
         for frame, scene in enumerate(story.scenes):
             pictures[row, frame] = np.asarray(render(scene))
             maps[row, frame] = semantic_map(scene)
-        lines.append(json.dumps(_texts(story, number)))
+        lines.append(json.dumps(_texts(story, number, maps[row])))
     np.save(partial / "pictures.npy", pictures)
     np.save(partial / "maps.npy", maps)
     (partial / "texts.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     os.replace(partial, final)
 
 
-def _texts(story: Any, number: int) -> dict[str, Any]:
+def _texts(story: Any, number: int, maps: np.ndarray) -> dict[str, Any]:
     """Everything that is said about a story, drawn with a generator seeded by (number, frame)."""
-    import random
-
     from mmi_engine.toon import texts
 
     frames = []
-    for frame, scene in enumerate(story.scenes):
+    for frame, (scene, labels) in enumerate(zip(story.scenes, maps, strict=True)):
         rng = random.Random(number * FRAMES + frame)
+        boxes = texts.referring(scene, rng, labels)
         frames.append(
             {
                 "captions": [texts.caption(scene, rng) for _ in range(CAPTIONS)],
-                "questions": [list(item) for item in texts.questions(scene, rng)],
-                "referring": [[expression, list(box)] for expression, box in texts.referring(scene, rng)],
+                "details": [texts.long_caption(scene, rng) for _ in range(CAPTIONS)],
+                "questions": [[question, answer] for question, answer, _ in texts.questions(scene, rng, labels)],
+                "referring": [[expression, texts.box_text(box)] for expression, box in boxes],
             }
         )
     return {"texts": list(story.texts), "frames": frames}

@@ -2,7 +2,7 @@
 
 Place in the flow: the first thing `mmi train` reads and the only source of numbers for everything behind it. The
 resolved recipe is written into the run directory (``recipe.json``), so that a run can be repeated without guessing.
-Precedence: command line > recipe file > default. Unknown keys are errors that name the nearest valid key. No torch here.
+Precedence: command line > recipe file > default. Unknown keys are errors that name the nearest. No torch here.
 Source of the values in the shipped files: paper Tables 11 to 15, and measurements for the embedded model.
 """
 
@@ -40,13 +40,13 @@ class DataConfig:
     """Side of random square crops in pixels (``vae`` only); 0 trains on whole pictures."""
     mixture: dict[str, float] = field(default_factory=dict)
     """Task → probability weight (``interleaved`` only)."""
-    length_buckets: int = 8
-    """Batches' worth of consecutive samples sorted by length before they are cut into batches."""
+    row_tokens: int = 256
+    """Longest row of packed documents in tokens (``interleaved`` only); a longer document stands alone."""
 
     def __post_init__(self) -> None:
         _require(self.source in ("toon",), "data.source must be 'toon'")
         _require(self.stories > 0 and self.workers > 0, "data.stories and data.workers must be positive")
-        _require(self.length_buckets > 0, "data.length_buckets must be positive")
+        _require(self.row_tokens > 0, "data.row_tokens must be positive")
         _require(all(weight >= 0 for weight in self.mixture.values()), "data.mixture weights must not be negative")
 
 
@@ -204,11 +204,7 @@ def resolve(name_or_file: str, overrides: Iterable[str] = ()) -> Resolved:
         raise ConfigError(f"{path}: not a TOML file: {error}", remedy="correct the recipe") from error
     table.setdefault("name", path.stem)
     from_file = set(_leaves(table))
-    from_line: set[str] = set()
-    for text in overrides:
-        key, value = parse_override(text)
-        _assign(table, key, value)
-        from_line |= {leaf for leaf in _leaves(table) if leaf == key or leaf.startswith(key + ".")}
+    table, from_line = _apply(table, overrides)
     recipe = _build(Recipe, table, "", str(path))
     origins = {}
     for leaf in _leaves(dataclasses.asdict(recipe)):
@@ -218,10 +214,33 @@ def resolve(name_or_file: str, overrides: Iterable[str] = ()) -> Resolved:
     return Resolved(recipe, origins)
 
 
-def from_json(text: str) -> Resolved:
-    """Inverse of :meth:`Resolved.to_json`; what ``--resume`` reads from the run directory."""
-    data = json.loads(text)
-    return Resolved(_build(Recipe, data["recipe"], "", "recipe.json"), data["origins"])
+def resumed(directory: Path, overrides: Iterable[str] = ()) -> Resolved:
+    """The recipe that ``directory`` was trained with (``recipe.json``), with further overrides.
+
+    Raises:
+        ConfigError: no recipe there, or as for :func:`resolve`.
+    """
+    path = directory / "recipe.json"
+    if not path.is_file():
+        raise ConfigError(f"{directory} holds no training run", remedy="name a recipe with --recipe")
+    data = json.loads(path.read_text(encoding="utf-8"))
+    table, from_line = _apply(data["recipe"], overrides)
+    recipe = _build(Recipe, table, "", str(path))
+    origins = {
+        leaf: "command line" if leaf in from_line else data["origins"].get(leaf, "default")
+        for leaf in _leaves(dataclasses.asdict(recipe))
+    }
+    return Resolved(recipe, origins)
+
+
+def _apply(table: dict[str, Any], overrides: Iterable[str]) -> tuple[dict[str, Any], set[str]]:
+    """``table`` with overrides in place, and the leaves that they set."""
+    from_line: set[str] = set()
+    for text in overrides:
+        key, value = parse_override(text)
+        _assign(table, key, value)
+        from_line |= {leaf for leaf in _leaves(table) if leaf == key or leaf.startswith(key + ".")}
+    return table, from_line
 
 
 def parse_override(text: str) -> tuple[str, Any]:

@@ -1,0 +1,283 @@
+"""Training sequences of the built-in world: (seed, index) → one row of packed documents; rows → a batch.
+
+Between the cache of drawn pictures and the model. Each row is a function of (seed, index) alone, so that a run resumes
+in the middle of an epoch by knowing its step. A row is filled with documents drawn from the task mixture until the next
+one does not fit; every document opens with ``<s>`` and ends with ``</s>``. Source: paper Table 17 (prompts), recipes
+(packing, loss rules): a prompt's own tokens carry no loss, and only pictures that a task asks for carry the image loss.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mmi_engine.errors import ConfigError
+from mmi_engine.model.config import SpecialTokens
+from mmi_engine.sequence import NO_LOSS, InterleavedBatch, Piece, TextTokenizer, pad_rows, text_targets, tokenize
+from mmi_engine.train.cache import FRAMES, Cache
+
+SHORT_PROMPTS = ("a photo of", "Provide a one-sentence caption for the provided image.")
+LONG_PROMPTS = (
+    "Please describe the image in detail. The image depicts",
+    "Please describe the image in detail.",
+)
+VQA_OPENING = "Based on the image, please answer the question."
+VQA_CLOSINGS = (
+    "Please provide an accurate answer within one word. The answer is:",
+    "The answer is:",
+)
+GROUND_QUESTION = "Question: Provide the bounding box coordinate of the region this sentence describes: {}, Answer:"
+GROUND_RELEASED = "Provide the bounding box coordinate of the region this sentence describes. {}<box>"
+TRIES = 4
+"""How many documents are drawn for the gap at a row's end before the row is closed."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A picture of the cache: which array, story and frame."""
+
+    kind: str
+    story: int
+    frame: int
+
+
+@dataclass
+class Document:
+    """Pieces of one training document.
+
+    Attributes:
+        pieces: text and :class:`Reference` pieces in order.
+        prompt: how many of them come from the user and carry no text loss.
+        drawn: per image, whether the model has to draw it (image loss).
+    """
+
+    name: str
+    pieces: list[Piece]
+    prompt: int
+    drawn: list[bool]
+
+
+@dataclass
+class Row:
+    """Tokenised documents one after another: ids, which of them carry no loss, images and names."""
+
+    ids: list[int] = field(default_factory=list)
+    silent: list[bool] = field(default_factory=list)
+    images: list[Reference] = field(default_factory=list)
+    drawn: list[bool] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Batch:
+    """What the model reads, and the documents it is made of."""
+
+    inputs: InterleavedBatch
+    names: list[str]
+
+
+Builder = Callable[[dict[str, Any], int, int, np.random.Generator], Document]
+
+
+def _one(rng: np.random.Generator, options: list[Any] | tuple[Any, ...]) -> Any:
+    return options[int(rng.integers(len(options)))]
+
+
+def _picture(story: int, frame: int) -> Piece:
+    return Piece("image", Reference("pictures", story, frame))
+
+
+def story_document(texts: dict[str, Any], story: int, frame: int, rng: np.random.Generator) -> Document:
+    """All texts and pictures of a story in order; every picture is drawn by the model."""
+    pieces = []
+    for number, text in enumerate(texts["texts"]):
+        pieces += [Piece("text", text), _picture(story, number)]
+    return Document(f"story:{story}", pieces, 0, [True] * FRAMES)
+
+
+def caption_document(texts: dict[str, Any], story: int, frame: int, rng: np.random.Generator) -> Document:
+    """``{image} a photo of {caption}``, the other short prompt, or one of the long ones with a detailed caption."""
+    facts = texts["frames"][frame]
+    short = rng.random() < 0.7
+    prompt = _one(rng, SHORT_PROMPTS if short else LONG_PROMPTS)
+    answer = _one(rng, facts["captions" if short else "details"])
+    pieces = [_picture(story, frame), Piece("text", prompt), Piece("text", answer)]
+    return Document(f"caption:{story}.{frame}", pieces, 2, [False])
+
+
+def vqa_document(texts: dict[str, Any], story: int, frame: int, rng: np.random.Generator) -> Document:
+    """``Based on the image, … {image}{question} … The answer is: {answer}``, the paper's long and short form."""
+    question, answer = _one(rng, texts["frames"][frame]["questions"])
+    asked = f"{question} {_one(rng, VQA_CLOSINGS)}"
+    pieces = [Piece("text", VQA_OPENING), _picture(story, frame), Piece("text", asked), Piece("text", answer)]
+    return Document(f"vqa:{story}.{frame}", pieces, 3, [False])
+
+
+def ground_document(texts: dict[str, Any], story: int, frame: int, rng: np.random.Generator) -> Document:
+    """``{image}Question: … {object}, Answer: (x1,y1)(x2,y2)``, or the form that the released checkpoints expect."""
+    expression, box = _one(rng, texts["frames"][frame]["referring"])
+    if rng.random() < 0.75:
+        prompt, answer = GROUND_QUESTION.format(expression), box
+    else:
+        prompt, answer = GROUND_RELEASED.format(expression), f"{box}</box>"
+    pieces = [_picture(story, frame), Piece("text", prompt), Piece("text", answer)]
+    return Document(f"ground:{story}.{frame}", pieces, 2, [False])
+
+
+def t2i_document(texts: dict[str, Any], story: int, frame: int, rng: np.random.Generator) -> Document:
+    """A short or detailed caption, then the picture."""
+    caption = _one(rng, texts["frames"][frame]["captions" if rng.random() < 0.5 else "details"])
+    return Document(f"t2i:{story}.{frame}", [Piece("text", caption), _picture(story, frame)], 0, [True])
+
+
+def seg2img_document(texts: dict[str, Any], story: int, frame: int, rng: np.random.Generator) -> Document:
+    """``{segmentation}{caption}{image}``."""
+    caption = _one(rng, texts["frames"][frame]["captions"])
+    labels = Piece("image", Reference("maps", story, frame))
+    return Document(f"seg2img:{story}.{frame}", [labels, Piece("text", caption), _picture(story, frame)], 0, [False, True])
+
+
+BUILDERS: dict[str, Builder] = {
+    "story": story_document,
+    "caption": caption_document,
+    "vqa": vqa_document,
+    "ground": ground_document,
+    "t2i": t2i_document,
+    "seg2img": seg2img_document,
+}
+
+
+class Mixture:
+    """Rows and batches by index.
+
+    Args:
+        cache: drawn pictures and texts, with latents under the array name ``latents``.
+        latents: name of the latents' array, see :meth:`mmi_engine.train.cache.Cache.encode`.
+        scale: what latents are multiplied by.
+        weights: task → probability of being drawn next (a document that does not fit the row's end is dropped).
+        row_tokens: longest row.
+        per_image: placeholders of one image.
+
+    Raises:
+        ConfigError: unknown task, or no task with a positive weight.
+    """
+
+    def __init__(
+        self,
+        cache: Cache,
+        latents: str,
+        scale: float,
+        tokenizer: TextTokenizer,
+        tokens: SpecialTokens,
+        *,
+        weights: dict[str, float],
+        seed: int,
+        row_tokens: int,
+        per_image: int,
+    ) -> None:
+        unknown = sorted(set(weights) - set(BUILDERS))
+        if unknown or not any(weights.values()):
+            what = f"unknown task {unknown[0]!r}" if unknown else "no task has a positive weight"
+            raise ConfigError(f"data.mixture: {what}", remedy=f"tasks: {', '.join(BUILDERS)}")
+        self.cache, self.latents, self.scale = cache, latents, scale
+        self.tokenizer, self.tokens = tokenizer, tokens
+        self.seed, self.row_tokens, self.per_image = seed, row_tokens, per_image
+        self.tasks = [task for task, weight in weights.items() if weight]
+        total = sum(weights.values())
+        self.edges = np.cumsum([weights[task] / total for task in self.tasks])
+
+    @cached_property
+    def palette(self) -> np.ndarray:
+        """uint8 [classes, 3], the colours of semantic maps."""
+        from mmi_engine.toon.draw import PALETTE
+
+        return np.asarray(PALETTE, np.uint8)
+
+    def document(self, rng: np.random.Generator) -> Document:
+        """Draw a task, a story and a frame."""
+        task = self.tasks[min(int(np.searchsorted(self.edges, rng.random(), side="right")), len(self.tasks) - 1)]
+        story, frame = int(rng.integers(self.cache.stories)), int(rng.integers(FRAMES))
+        return BUILDERS[task](self.cache.texts(story), story, frame, rng)
+
+    def row(self, index: int) -> Row:
+        """Row ``index``, a function of (seed, index)."""
+        rng = np.random.default_rng((self.seed, index))
+        row, misses = Row(), 0
+        while misses < TRIES:
+            document = self.document(rng)
+            ids = [*self._ids(document.pieces), self.tokens.eos]
+            if row.ids and len(row.ids) + len(ids) > self.row_tokens:
+                misses += 1
+                continue
+            prompt = len(self._ids(document.pieces[: document.prompt])) if document.prompt else 0
+            row.ids += ids
+            row.silent += [True] * prompt + [False] * (len(ids) - prompt)
+            row.images += [piece.value for piece in document.pieces if piece.kind == "image"]
+            row.drawn += document.drawn
+            row.names.append(document.name)
+        return row
+
+    def _ids(self, pieces: list[Piece]) -> list[int]:
+        return tokenize(pieces, self.tokenizer, self.tokens, self.per_image).ids
+
+    def batch(self, index: int, size: int) -> Batch:
+        """Rows ``index·size`` … as one right-padded batch."""
+        rows = [self.row(index * size + i) for i in range(size)]
+        ids, mask = pad_rows([row.ids for row in rows], self.tokens.pad)
+        silent, _ = pad_rows([[int(flag) for flag in row.silent] for row in rows], 1)
+        targets = text_targets(ids, self.tokens).masked_fill(silent.bool(), NO_LOSS)
+        references = [reference for row in rows for reference in row.images]
+        inputs = InterleavedBatch(
+            text_ids=ids,
+            attention_mask=mask,
+            images=self.pictures(references),
+            image_counts=torch.tensor([len(row.images) for row in rows]),
+            target_ids=targets,
+            latents=self.sampled_latents(references, np.random.default_rng((self.seed, index, 1))),
+            image_loss_mask=torch.tensor([float(flag) for row in rows for flag in row.drawn]),
+        )
+        return Batch(inputs, [name for row in rows for name in row.names])
+
+    def pictures(self, references: list[Reference]) -> Tensor:
+        """float ``[N, 3, 128, 128]`` in [0, 1]; semantic maps in their palette's colours."""
+        arrays = []
+        for reference in references:
+            array = self.cache.array(reference.kind, reference.story)[reference.frame]
+            arrays.append(self.palette[array] if reference.kind == "maps" else array)
+        return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 255
+
+    def sampled_latents(self, references: list[Reference], rng: np.random.Generator) -> Tensor:
+        """Scaled latents ``[N, C, h, w]``, a sample of the codec's posterior each; zeros for semantic maps."""
+        moments = np.stack([self.cache.array(self.latents, r.story)[r.frame] for r in references]).astype(np.float32)
+        mean, deviation = np.split(moments, 2, axis=1)
+        sample = mean + deviation * rng.standard_normal(mean.shape, dtype=np.float32)
+        drawn = np.array([r.kind == "pictures" for r in references], np.float32)[:, None, None, None]
+        return torch.from_numpy(sample * drawn * self.scale)
+
+
+def mixture_counts(mixture: Mixture, rows: int) -> dict[str, int]:
+    """How many documents of each task the first ``rows`` rows hold (for the run directory and tests)."""
+    counts = dict.fromkeys(mixture.tasks, 0)
+    for index in range(rows):
+        for name in mixture.row(index).names:
+            counts[name.split(":")[0]] += 1
+    return counts
+
+
+def describe(mixture: Mixture, rows: int = 64) -> str:
+    """JSON summary of the data stream: documents per task, tokens and images per row."""
+    drawn = [mixture.row(index) for index in range(rows)]
+    summary = {
+        "documents": mixture_counts(mixture, rows),
+        "tokens_per_row": round(float(np.mean([len(row.ids) for row in drawn])), 1),
+        "images_per_row": round(float(np.mean([len(row.images) for row in drawn])), 2),
+        "drawn_images_per_row": round(float(np.mean([sum(row.drawn) for row in drawn])), 2),
+    }
+    return json.dumps(summary, indent=2) + "\n"

@@ -1,0 +1,203 @@
+"""Task ``interleaved``: the whole model, L = L_NTP + λ L_NIP (paper Eq. 5), everything trained but the codec.
+
+    Mixture.batch → MMInterleaved(batch) → text loss + λ · image loss (``noise_repeats`` noise levels per picture)
+
+Held-out loss, a contact sheet of drawn stories and the exported model directory use the averaged weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from mmi_engine.errors import ConfigError
+from mmi_engine.model.checkpoint import load_model, save_model
+from mmi_engine.model.config import ModelConfig
+from mmi_engine.model.interleaved import MMInterleaved
+from mmi_engine.model.presets import toon_config
+from mmi_engine.model.tokenizer import DirectoryTokenizer
+from mmi_engine.model.vae import ImageCodec
+from mmi_engine.toon.tokenizer import VOCABULARY
+from mmi_engine.train.cache import FRAMES, Cache
+from mmi_engine.train.data import Batch, Mixture, describe
+from mmi_engine.train.recipe import Recipe
+from mmi_engine.train.vae import load_codec, to_float
+
+PREVIEW_STORIES = 3
+EVALUATION_BATCH = 8
+TOON_TOKENIZER = Path(__file__).resolve().parent.parent / "toon" / "data"
+
+
+class InterleavedObjective(nn.Module):
+    """``forward(batch) -> (loss, parts)`` around the model, so that data parallelism wraps one module."""
+
+    def __init__(self, model: MMInterleaved, noise_repeats: int) -> None:
+        super().__init__()
+        self.model, self.noise_repeats = model, noise_repeats
+
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Total loss, and L_NTP and L_NIP apart."""
+        output = self.model(batch.inputs, noise_repeats=self.noise_repeats)
+        parts = {"text": output.loss_text.detach()}
+        if output.loss_image is not None:
+            parts["image"] = output.loss_image.detach()
+        return output.loss, parts
+
+
+class InterleavedTask:
+    """The task the loop runs.
+
+    Args:
+        recipe: ``model.base`` (``toon`` or a model directory), other ``model`` keys replace configuration values.
+        train, val: caches of drawn pictures; latents are computed here where they are missing.
+        progress: called with (shards encoded, shards in all).
+    """
+
+    def __init__(self, recipe: Recipe, train: Cache, val: Cache, progress: Callable[[int, int], None]) -> None:
+        self.recipe = recipe
+        torch.manual_seed(recipe.seed)  # fresh weights are the same in every process and run
+        self.model = build_model(recipe)
+        self.module: nn.Module = InterleavedObjective(self.model, recipe.loss.noise_repeats)
+        for parameter in self.model.codec.parameters():
+            parameter.requires_grad_(False)
+        key = codec_key(self.model.codec)
+        encoder = posterior_moments(self.model.codec)
+        self.train, self.val = (self._mixture(cache, cache.encode(key, encoder, progress)) for cache in (train, val))
+
+    def _mixture(self, cache: Cache, latents: str) -> Mixture:
+        return Mixture(
+            cache,
+            latents,
+            self.model.codec.scaling_factor,
+            self.model.tokenizer,
+            self.model.config.tokens,
+            weights=self.recipe.data.mixture,
+            seed=self.recipe.seed,
+            row_tokens=self.recipe.data.row_tokens,
+            per_image=self.model.config.tokens_per_image,
+        )
+
+    def batch(self, index: int) -> Batch:
+        """Micro-batch ``index``."""
+        return self.train.batch(index, self.recipe.loop.batch_size)
+
+    def to_device(self, batch: Batch, device: Any) -> Batch:
+        """The batch on ``device``."""
+        return Batch(batch.inputs.to(device), batch.names)
+
+    def ids(self, batch: Batch) -> list[str]:
+        """``task:story.frame`` of every document."""
+        return batch.names
+
+    def size(self, batch: Batch) -> int:
+        """Pictures that the image decoder learns from."""
+        assert batch.inputs.image_loss_mask is not None
+        return int(batch.inputs.image_loss_mask.sum()) * self.recipe.loss.noise_repeats
+
+    @torch.no_grad()
+    def evaluate(self, samples: int) -> dict[str, float]:
+        """Held-out L_NTP and L_NIP over about ``samples`` rows, with the same noise every time."""
+        state, totals = torch.get_rng_state(), {"text": 0.0, "image": 0.0}
+        batches = max(1, samples // EVALUATION_BATCH)
+        for index in range(batches):
+            torch.manual_seed(index)
+            batch = self.to_device(self.val.batch(index, EVALUATION_BATCH), self.model.device)
+            _, parts = self.module(batch)
+            for name, value in parts.items():
+                totals[name] += float(value) / batches
+        torch.set_rng_state(state)
+        return totals
+
+    @torch.no_grad()
+    def preview(self, path: Path) -> None:
+        """Held-out stories: true frames above; below, the first frame given and the other four drawn."""
+        from mmi_engine.generate.interleave import fill
+        from mmi_engine.generate.settings import Settings
+        from mmi_engine.sequence import Piece
+
+        cache, items, rows = self.val.cache, [], []
+        for story in range(PREVIEW_STORIES):
+            texts, pieces = cache.texts(story)["texts"], []
+            for frame, text in enumerate(texts):
+                given = Image.fromarray(np.asarray(cache.picture(story, frame))) if frame == 0 else None
+                pieces += [Piece("text", text), Piece("image", given)]
+            items.append(pieces)
+        filled = fill(self.model, items, list(range(PREVIEW_STORIES)), Settings(), PREVIEW_STORIES)
+        for story, pieces in enumerate(filled):
+            drawn = [np.asarray(piece.value.convert("RGB")) for piece in pieces if piece.kind == "image"]
+            rows += [np.concatenate([cache.picture(story, f) for f in range(FRAMES)], 1), np.concatenate(drawn, 1)]
+        Image.fromarray(np.concatenate(rows)).save(path)
+
+    def export(self, directory: Path) -> None:
+        """Model directory with the weights stored in fp16."""
+        save_model(self.model, directory, dtype=torch.float16)
+        (directory / "data.json").write_text(describe(self.train), encoding="utf-8")
+
+
+def build_model(recipe: Recipe) -> MMInterleaved:
+    """A fresh ``toon`` model around the codec of ``data.codec``, or the model directory ``model.base`` to go on from.
+
+    Raises:
+        ConfigError: ``model.base`` missing, or configuration values replaced in a model whose weights are kept.
+    """
+    overrides = dict(recipe.model)
+    base = overrides.pop("base", None)
+    if not base:
+        raise ConfigError("model.base is missing", remedy='set it to "toon" or to a model directory')
+    if base != "toon":
+        model = load_model(base)
+        if overrides:
+            raise ConfigError("a trained model keeps its configuration", remedy="remove the other keys of [model]")
+        return model.requires_grad_(True).train()
+    codec = load_codec(Path(recipe.data.codec))
+    tokenizer = DirectoryTokenizer(TOON_TOKENIZER)
+    config = toon_config(codec.config, VOCABULARY)
+    config = merged(config, {**overrides, "loss_text_weight": recipe.loss.text, "loss_image_weight": recipe.loss.image})
+    model = MMInterleaved(config)
+    model.codec.load_state_dict(codec.state_dict())
+    model.tokenizer = tokenizer
+    return model
+
+
+def merged(config: ModelConfig, overrides: dict[str, Any]) -> ModelConfig:
+    """``config`` with nested values replaced; unknown keys are errors of :class:`ModelConfig`."""
+    table = json.loads(config.to_json())
+
+    def merge(into: dict[str, Any], new: dict[str, Any]) -> None:
+        for key, value in new.items():
+            if isinstance(value, dict) and isinstance(into.get(key), dict):
+                merge(into[key], value)
+            else:
+                into[key] = value
+
+    merge(table, overrides)
+    return ModelConfig.from_json(json.dumps(table))
+
+
+def codec_key(codec: ImageCodec) -> str:
+    """Short hash of the encoder's weights: the name under which its latents are cached."""
+    digest = hashlib.sha256()
+    for name, value in sorted(codec.vae.state_dict().items()):
+        if not name.startswith(("decoder", "post_quant")):
+            digest.update(value.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:10]
+
+
+def posterior_moments(codec: ImageCodec) -> Callable[[np.ndarray], np.ndarray]:
+    """uint8 pictures ``[n, H, W, 3]`` → float16 ``[n, 2C, h, w]``: posterior mean and standard deviation, unscaled."""
+
+    @torch.no_grad()
+    def encode(pictures: np.ndarray) -> np.ndarray:
+        device = next(codec.parameters()).device
+        posterior = codec.posterior(to_float(torch.from_numpy(pictures)).to(device))
+        return torch.cat([posterior.mean, posterior.std], dim=1).cpu().numpy().astype(np.float16)
+
+    return encode
