@@ -56,6 +56,13 @@ def test_a_request_by_name_that_cannot_be_met_fails(backend: str, device: str, d
     assert "torch" in caught.value.remedy and caught.value.remedy in str(caught.value)
 
 
+def test_maps_beyond_exact_float32_positions_go_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mmi_kernels.op._NUMBA_POSITIONS", 18)  # one less than the inputs have
+    assert torch.equal(deform_sample(*inputs()), deform_sample(*inputs(), backend="torch"))
+    with pytest.raises(KernelUnavailable, match="at most 18 positions, not 19"):
+        deform_sample(*inputs(), backend="numba")
+
+
 def test_without_numba(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mmi_kernels.op._numba_present", lambda: False)
     assert resolve() == "torch"

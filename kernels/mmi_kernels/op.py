@@ -30,6 +30,7 @@ from mmi_kernels.reference import deform_sample_reference
 BACKENDS = ("auto", "torch", "numba", "cuda")
 
 _NUMBA_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_NUMBA_POSITIONS = 2**24  # it holds positions in float32, which counts exactly up to here
 _CUDA_MISSING = "this version ships no CUDA kernel"
 _NUMBA_MISSING = "numba is not installed"
 
@@ -128,7 +129,15 @@ def deform_sample(
     """
     shapes = _checked_shapes(value, spatial_shapes, locations, weights)
     widest = torch.promote_types(torch.promote_types(value.dtype, locations.dtype), weights.dtype)
-    if resolve(backend, value.device, widest) == "numba":
+    served_by = resolve(backend, value.device, widest)
+    if served_by == "numba" and value.shape[1] > _NUMBA_POSITIONS:
+        if backend == "numba":
+            raise KernelUnavailable(
+                f"backend 'numba' serves at most {_NUMBA_POSITIONS} positions, not {value.shape[1]}",
+                remedy="use 'torch' (or 'auto')",
+            )
+        served_by = "torch"
+    if served_by == "numba":
         from mmi_kernels.numba_cpu import deform_sample_numba
 
         return deform_sample_numba(value, shapes, locations, weights)
