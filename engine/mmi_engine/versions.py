@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mmi_engine import __version__
+from mmi_engine.errors import MMIError
 
 PACKAGES = (
     "torch",
@@ -137,6 +138,8 @@ def _shadowed() -> list[Finding]:
 def _guarded(name: str, look: Any) -> list[Finding]:
     try:
         return look()
+    except MMIError as error:
+        return [Finding(name, error.message, True, error.remedy)]
     except Exception as error:  # a broken installation is what the doctor is for
         remedy = "reinstall mmi and its dependencies in a fresh environment"
         return [Finding(name, f"{type(error).__name__}: {error}", True, remedy)]
