@@ -28,6 +28,8 @@ from typing import Any
 
 import numpy as np
 
+from mmi_engine.errors import ConfigError
+
 logger = logging.getLogger(__name__)
 STORIES = 250
 FRAMES = 5
@@ -51,17 +53,34 @@ def fingerprint() -> str:
     return digest.hexdigest()[:10]
 
 
-def prepare(root: Path, split: str, stories: int, workers: int, progress: Callable[[int, int], None]) -> Cache:
+def prepare(
+    root: Path,
+    split: str,
+    stories: int,
+    workers: int,
+    progress: Callable[[int, int], None],
+    world: str | None = None,
+) -> Cache:
     """Draw the shards that are missing for ``stories`` stories of ``split`` and open the cache.
 
     Args:
         root: cache root; shards go to ``root/FINGERPRINT/SPLIT/shard-00000`` …
         progress: called with (shards ready, shards wanted).
+        world: fingerprint of the world that a resumed run began with; ``None`` means the present one.
+
+    Raises:
+        ConfigError: shards of another world than the present one are missing.
     """
-    folder = root / fingerprint() / split
+    present = fingerprint()
+    folder = root / (world or present) / split
     wanted = -(-stories // STORIES)
     missing = [i for i in range(wanted) if not (folder / f"shard-{i:05d}").is_dir()]
     progress(wanted - len(missing), wanted)
+    if missing and world not in (None, present):
+        raise ConfigError(
+            f"{folder} lacks {len(missing)} of {wanted} shards, and the world's code has changed since",
+            remedy="lower data.stories, or start the run anew",
+        )
     if missing:
         folder.mkdir(parents=True, exist_ok=True)
         jobs = [(folder, split, index) for index in missing]

@@ -141,7 +141,9 @@ def seg2img_document(texts: dict[str, Any], story: int, frame: int, rng: np.rand
     """``{segmentation}{caption}{image}``."""
     caption = _one(rng, texts["frames"][frame]["captions"])
     labels = Piece("image", Reference("maps", story, frame))
-    return Document(f"seg2img:{story}.{frame}", [labels, Piece("text", caption), _picture(story, frame)], 0, [False, True])
+    return Document(
+        f"seg2img:{story}.{frame}", [labels, Piece("text", caption), _picture(story, frame)], 0, [False, True]
+    )
 
 
 BUILDERS: dict[str, Builder] = {

@@ -59,6 +59,7 @@ class Loop:
         loop = recipe.loop
         if loop.threads:
             torch.set_num_threads(loop.threads)
+        torch.set_flush_denormal(True)  # vanishing moments and activations cost CPUs a hundred times the cycles
         self.accelerator = Accelerator(
             gradient_accumulation_steps=loop.accumulate,
             mixed_precision="bf16" if loop.precision == "bf16" else "no",
@@ -70,6 +71,8 @@ class Loop:
             [{k: v for k, v in g.items() if k not in ("names", "label")} for g in groups],
             betas=recipe.optim.betas,  # type: ignore[arg-type]
             eps=recipe.optim.eps,
+            fused=True,
+            fused=True,
         )
         self.average = Average(task.module, loop.ema) if loop.ema else None
         self.position = checkpoints.Position()
@@ -77,6 +80,7 @@ class Loop:
         self.accelerator.register_for_checkpointing(self.position, *([self.average] if self.average else []))
         self.metrics = MetricsFile(directory, enabled=self.accelerator.is_main_process)
         self.stop_signal = 0
+        self.waited = 0.0
         if self.accelerator.is_main_process:
             _write_parameters(directory / "parameters.txt", groups, task.module)
 
@@ -103,7 +107,7 @@ class Loop:
                 self.position.seconds = clock.total()
                 done = step == loop.steps
                 if step % loop.log_every == 0 or done:
-                    self._log({**line, **clock.rates(self.position)})
+                    self._log({**line, **clock.rates(self.position, self.waited)})
                 if step % loop.eval_every == 0 or done:
                     figures = self._evaluate()
                     clock.skip()
@@ -177,7 +181,9 @@ class Loop:
                     while len(pending) < 3 and (index := next(upcoming, None)) is not None:
                         pending.append((index, pool.submit(self.task.batch, index)))
                     index, future = pending.pop(0)
+                    started = time.monotonic()
                     ready.append((index, future.result()))
+                    self.waited += time.monotonic() - started
                     if len(ready) == loop.accumulate:
                         yield ready
                         ready = []
@@ -252,7 +258,7 @@ class _Clock:
 
     def __init__(self, before: float) -> None:
         self.before, self.spent, self.mark = before, 0.0, time.monotonic()
-        self.last_samples, self.last_total = -1, before
+        self.last_samples, self.last_total, self.last_waited = -1, before, 0.0
 
     def tick(self) -> None:
         now = time.monotonic()
@@ -265,11 +271,14 @@ class _Clock:
     def total(self) -> float:
         return self.before + self.spent
 
-    def rates(self, position: checkpoints.Position) -> dict[str, float]:
-        known = self.last_samples >= 0
-        rate = (position.samples - self.last_samples) / max(1e-9, self.total() - self.last_total) if known else 0.0
-        self.last_samples, self.last_total = position.samples, self.total()
-        return {"images_per_s": round(rate, 2), "seconds": round(self.total(), 1)}
+    def rates(self, position: checkpoints.Position, waited: float) -> dict[str, float]:
+        """Images per second and the share of time spent waiting for data, since the last call."""
+        known, total = self.last_samples >= 0, self.total()
+        elapsed = max(1e-9, total - self.last_total)
+        rate = (position.samples - self.last_samples) / elapsed if known else 0.0
+        share = (waited - self.last_waited) / elapsed
+        self.last_samples, self.last_total, self.last_waited = position.samples, total, waited
+        return {"images_per_s": round(rate, 2), "data_share": round(share, 4), "seconds": round(total, 1)}
 
 
 def _write_parameters(path: Path, groups: list[dict[str, Any]], module: torch.nn.Module) -> None:

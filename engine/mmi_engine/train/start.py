@@ -36,20 +36,28 @@ def train(
     Raises:
         ConfigError, OutputError, Interrupted, NotFiniteError: see :class:`mmi_engine.train.loop.Loop`.
     """
+    from mmi_engine.train import cache
     from mmi_engine.train.loop import Loop
 
     report = report or (lambda _: None)
     if not resume and (directory / "recipe.json").exists():
         raise OutputError(f"{directory} already holds a training run", remedy="add --resume or choose another --out")
     directory.mkdir(parents=True, exist_ok=True)
-    task = build_task(resolved, report)
+    record = directory / "run.json"
+    before = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
+    world = before.get("world") or cache.fingerprint()
+    task = build_task(resolved, report, world)
     (directory / "recipe.json").write_text(resolved.to_json(), encoding="utf-8")
-    (directory / "run.json").write_text(json.dumps(_environment(), indent=2) + "\n", encoding="utf-8")
+    record.write_text(json.dumps({"world": world, **_environment()}, indent=2) + "\n", encoding="utf-8")
     return Loop(resolved.recipe, task, directory, report).run(resume=resume)
 
 
-def build_task(resolved: Resolved, report: Report) -> Any:
-    """The task the recipe names, with its data prepared (drawn, encoded)."""
+def build_task(resolved: Resolved, report: Report, world: str | None = None) -> Any:
+    """The task the recipe names, with its data prepared (drawn, encoded).
+
+    Args:
+        world: fingerprint of the world's code that the run began with; ``None`` means the present one.
+    """
     from mmi_engine.train import cache
 
     recipe = resolved.recipe
@@ -63,8 +71,8 @@ def build_task(resolved: Resolved, report: Report) -> Any:
 
         torch.set_num_threads(recipe.loop.threads)
     stories, workers = recipe.data.stories, recipe.data.workers
-    train_cache = cache.prepare(root, "train", stories, workers, progress("drawing training pictures"))
-    val_cache = cache.prepare(root, "val", cache.STORIES, workers, progress("drawing validation pictures"))
+    train_cache = cache.prepare(root, "train", stories, workers, progress("drawing training pictures"), world)
+    val_cache = cache.prepare(root, "val", cache.STORIES, workers, progress("drawing validation pictures"), world)
     if recipe.task == "vae":
         from mmi_engine.train.vae import CodecTask
 
