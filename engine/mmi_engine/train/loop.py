@@ -72,7 +72,6 @@ class Loop:
             betas=recipe.optim.betas,  # type: ignore[arg-type]
             eps=recipe.optim.eps,
             fused=True,
-            fused=True,
         )
         self.average = Average(task.module, loop.ema) if loop.ema else None
         self.position = checkpoints.Position()
