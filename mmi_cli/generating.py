@@ -145,6 +145,7 @@ def _run_options(options: dict[str, Any]) -> RunOptions:
         retry_errors=options["retry_errors"],
         stop_on_error=options["on_error"] == "stop",
         gallery=not options["no_gallery"],
+        origins=_origins(),
     )
 
 

@@ -107,13 +107,14 @@ def test_a_story_longer_than_the_context_fails_alone(story):
 
 def test_run_json_says_where_every_setting_comes_from(story, monkeypatch):
     monkeypatch.setenv("MMI_GUIDANCE", "1.5")
-    out = story("origins", ROWS[1:2], "--steps", "2")
+    out = story("origins", ROWS[1:2], "--steps", "2", "--seed", "4")
     record = json.loads((out / "run.json").read_text())
     told = {name: (entry["value"], entry["origin"]) for name, entry in record["settings"].items()}
     assert told["steps"] == (2, "command line")
     assert told["guidance"] == (1.5, "environment")
     assert told["scheduler"] == ("ddim", "model")
     assert told["beams"] == (1, "default")
+    assert (told["seed"], told["free"]) == ((4, "command line"), (0, "default"))
     assert told["batch_size"][0] == 1 and told["device"][0] == "cpu" and told["dtype"][0] == "fp32"
     assert record["versions"]["torch"] == torch.__version__ or record["versions"]["torch"] in torch.__version__
     assert len(record["identity"]["model"]) == 64

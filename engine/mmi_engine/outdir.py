@@ -185,6 +185,8 @@ class OutputDir:
                 target = self.directory / name
                 target.parent.mkdir(parents=True, exist_ok=True)
                 draft.replace(target)
+            for folder in {self.directory, *((self.directory / name).parent for name in media)} if media else ():
+                _flush_folder(folder)
             self._append(RESULTS, row)
 
     def fail(self, row: dict[str, Any]) -> None:
@@ -337,6 +339,15 @@ def _write_file(path: Path, content: bytes) -> None:
     with path.open("wb") as stream:
         stream.write(content)
         _flush(stream)
+
+
+def _flush_folder(folder: Path) -> None:
+    """Make renames in a folder survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _flush(stream: IO[bytes]) -> None:

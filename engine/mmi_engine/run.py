@@ -62,6 +62,7 @@ class RunOptions:
         limit: only the first N rows of the selection.
         ids: only rows with these ids.
         overwrite, retry_errors, stop_on_error, gallery: as the options of these names.
+        origins: option → where its value comes from, for run.json.
     """
 
     seed: int = 0
@@ -72,6 +73,7 @@ class RunOptions:
     retry_errors: bool = False
     stop_on_error: bool = False
     gallery: bool = True
+    origins: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -318,7 +320,12 @@ class _Worker:
 
         def change(content: dict[str, Any]) -> dict[str, Any]:
             parts = {**content.get("parts", {}), self.options.part.label: part}
-            return {**content, "command": self.task.name, **self.engine.record(), "parts": parts}
+            record = self.engine.record()
+            own = {"seed": self.options.seed, **self.task.settings}
+            origins = self.options.origins
+            named = {name: {"value": value, "origin": origins.get(name, "default")} for name, value in own.items()}
+            record["settings"] = {**named, **record["settings"]}
+            return {**content, "command": self.task.name, **record, "parts": parts}
 
         self.out.update_run(change)
 
