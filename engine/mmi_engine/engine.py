@@ -158,11 +158,10 @@ class ModelEngine:
 
     def load(self) -> None:
         """Read the weights onto the device."""
-        import torch
-
         from mmi_engine.model.checkpoint import load_model
+        from mmi_engine.runtime import tune_cpu
 
-        torch.set_num_threads(self.resolved["threads"])
+        tune_cpu(self.resolved["threads"])
         resolved = self.resolved
         threads = f", {resolved['threads']} threads" if resolved["device"] == "cpu" else ""
         self.notice(

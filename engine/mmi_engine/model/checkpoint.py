@@ -94,7 +94,7 @@ def load_model(
     tensors = _read(directory / WEIGHTS, expected, dtype or torch.float32)
     model = _materialise(config, tensors)
     model.tokenizer = DirectoryTokenizer(directory)
-    return model.to(device).eval()
+    return model.to(device).channels_last().eval()
 
 
 def _materialise(config: ModelConfig, tensors: dict[str, Tensor]) -> MMInterleaved:

@@ -60,6 +60,7 @@ class VisionConfig:
 
     def __post_init__(self) -> None:
         _require(self.image_size % self.patch_size == 0, "vision.image_size must be a multiple of vision.patch_size")
+        _require(self.groups == 4, "vision.groups must be 4: one group feeds each of the feature maps F1 to F4")
         _require(self.num_layers % self.groups == 0, "vision.num_layers must be a multiple of vision.groups")
         _require(self.hidden_size % self.num_heads == 0, "vision.hidden_size must be a multiple of vision.num_heads")
         _require(self.grid % 2 == 0, "the patch grid must be even: the coarsest feature map is half of it")

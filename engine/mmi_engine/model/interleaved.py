@@ -58,6 +58,13 @@ class MMInterleaved(nn.Module):
         self.boi_embedding = nn.Parameter(torch.zeros(1, d_llm))
         self.text_head = TextHead(d_llm, config.tokens)
         self.image_decoder = ImageDecoder(config.image_decoder, d_llm, config.vision.hidden_size)
+        self.channels_last()
+
+    def channels_last(self) -> MMInterleaved:
+        """Lay the convolutions' weights out channels-last: on a CPU the U-Net runs nearly twice as fast."""
+        for part in (self.image_decoder.unet, self.image_decoder.codec):
+            part.to(memory_format=torch.channels_last)
+        return self
 
     @property
     def codec(self) -> ImageCodec:

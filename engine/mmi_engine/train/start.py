@@ -66,10 +66,9 @@ def build_task(resolved: Resolved, report: Report, world: str | None = None) -> 
     def progress(stage: str) -> Callable[[int, int], None]:
         return lambda done, total: report({"stage": stage, "done": done, "total": total})
 
-    if recipe.loop.threads:
-        import torch
+    from mmi_engine.runtime import tune_cpu
 
-        torch.set_num_threads(recipe.loop.threads)
+    tune_cpu(recipe.loop.threads)
     stories, workers = recipe.data.stories, recipe.data.workers
     train_cache = cache.prepare(root, "train", stories, workers, progress("drawing training pictures"), world)
     val_cache = cache.prepare(root, "val", cache.STORIES, workers, progress("drawing validation pictures"), world)

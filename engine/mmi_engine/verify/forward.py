@@ -39,6 +39,8 @@ def check_forward(model: MMInterleaved, bundle: Bundle, name: str, report: CaseR
     draws = Draws(*(tensors[k] for k in ("uncond_uniform", "vae_sample_noise", "diffusion_noise", "timesteps")))
     _check_layout(bundle, batch, report, tensors)
     _check_stages(model, batch, report, tensors)
+    for parameter in model.parameters():  # the bundle also holds gradients of tensors that are frozen in practice
+        parameter.requires_grad_(True).grad = None
     output = model(batch, draws=draws)
     _check_output(output, report, tensors)
     _check_gradients(model, bundle, name, output, report, tensors)
@@ -97,8 +99,6 @@ def _check_gradients(
     model: MMInterleaved, bundle: Bundle, name: str, output: Output, report: CaseReport, tensors: Recorder
 ) -> None:
     """Stored gradients, and the norm of every parameter's and every part's gradient."""
-    for parameter in model.parameters():
-        parameter.grad = None
     output.loss.backward()
     table, parameters = NameTable(bundle.config), dict(model.named_parameters())
     described = bundle.description(name)
