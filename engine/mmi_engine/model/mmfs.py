@@ -134,7 +134,8 @@ class MMFS(nn.Module):
         logits = F.linear(projected, logit_weight, logit_bias)[:, :, None] + F.embedding(index, table_logits)
         logits = logits + (1 - visible.to(logits.dtype))[..., None] * HIDDEN_LOGIT
         logits = logits.view(batch, n_query, n_images, heads, levels * points).transpose(2, 3).flatten(3)
-        weights = torch.softmax(F.pad(logits, (0, 1)).float(), dim=-1).to(logits.dtype)  # the extra logit 0: ignore
+        precise = torch.promote_types(logits.dtype, torch.float32)
+        weights = torch.softmax(F.pad(logits, (0, 1)).to(precise), dim=-1).to(logits.dtype)  # extra logit 0: ignore
         weights, ignored = weights[..., :-1], weights[..., -1:]
         weights = weights.reshape(batch, n_query, heads, n_images * levels, points)
         return weights, ignored, offsets.view(batch, n_query, n_images, heads, points, 2)
