@@ -286,7 +286,7 @@ def machine(device: torch.device | str = "cpu") -> dict[str, Any]:
         import llvmlite
         import numba
 
-        found |= {"numba": numba.__version__, "llvm": llvmlite.__version__, "cpu": numba.config.CPU_NAME or "host"}
+        found |= {"numba": numba.__version__, "llvmlite": llvmlite.__version__, "cpu": numba.config.CPU_NAME or "host"}
     return found
 
 
