@@ -1,4 +1,4 @@
-"""Manifest rows: hostile lines become coded errors and leave their neighbours alone; good ones agree with `jsonlines`."""
+"""Manifest rows: hostile lines become coded errors and leave their neighbours alone; good ones match `jsonlines`."""
 
 from __future__ import annotations
 
