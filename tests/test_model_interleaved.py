@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+
 from mmi_engine.errors import ModelError
 from mmi_engine.model.checkpoint import WEIGHTS, load_model, save_model
 from mmi_engine.model.config import ModelConfig
@@ -14,7 +15,6 @@ from mmi_engine.model.image_decoder import Draws
 from mmi_engine.model.interleaved import MMInterleaved, per_row, previous_images
 from mmi_engine.model.presets import released_config
 from mmi_engine.sequence import InterleavedBatch, image_block, pad_rows, text_targets
-
 from tests.tiny import tiny_config, tiny_model
 
 
@@ -51,7 +51,9 @@ def test_closed_gates_leave_the_language_model_and_unet_unchanged() -> None:
     features = [torch.randn(1, 2, 16, s, s) for s in (16, 8, 4, 2)]
     with torch.no_grad():
         seen = model.language.visual_context(features, torch.ones(1, 6, 2, dtype=torch.long))
-        torch.testing.assert_close(model.language(embeds, mask, seen), model.language(embeds, mask, None), rtol=0, atol=0)
+        torch.testing.assert_close(
+            model.language(embeds, mask, seen), model.language(embeds, mask, None), rtol=0, atol=0
+        )
         latents, context = torch.randn(1, 4, 8, 8), torch.randn(1, 5, 16)
         unet = model.image_decoder.unet
         vision = unet.look([m[:, :1] for m in features], torch.ones(1, 1, dtype=torch.long))

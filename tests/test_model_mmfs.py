@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from mmi_engine.model.config import MMFSConfig
 from mmi_engine.model.mmfs import MMFS, relative_index
 
@@ -79,7 +80,9 @@ def test_equals_the_definition(shapes, images) -> None:
     visible = torch.randint(0, 2, (2, 3, images))
     visible[0, 0] = 0  # a query that sees nothing
     got = module(query, reference, module.project_values(features), shapes, visible)
-    torch.testing.assert_close(got, literal(module, query, reference, features, shapes, visible), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        got, literal(module, query, reference, features, shapes, visible), rtol=1e-12, atol=1e-12
+    )
 
 
 def test_blind_query_is_a_constant() -> None:

@@ -6,6 +6,7 @@ import random
 
 import pytest
 import torch
+
 from mmi_engine.model.config import SpecialTokens
 from mmi_engine.sequence import (
     NO_LOSS,

@@ -75,7 +75,9 @@ def tokenize(pieces: SequenceOf[Piece], tokenizer: TextTokenizer, tokens: Specia
 
     Neighbouring texts are joined by a space; spaces next to an image are dropped.
     """
-    ids, images, texts = [tokens.bos], [], []  # type: ignore[var-annotated]
+    ids: list[int] = [tokens.bos]
+    images: list[Any] = []
+    texts: list[str] = []
     for piece in [*pieces, Piece("image")]:
         if piece.kind == "text":
             texts.append(str(piece.value).strip())
@@ -209,7 +211,9 @@ def _order_in_row(rows: Tensor) -> Tensor:
     positions = torch.arange(len(rows), device=rows.device)
     first = torch.ones_like(rows, dtype=torch.bool)
     first[1:] = rows[1:] != rows[:-1]
-    return positions - torch.where(first, positions, torch.zeros_like(positions)).cummax(0).values if len(rows) else rows
+    return (
+        positions - torch.where(first, positions, torch.zeros_like(positions)).cummax(0).values if len(rows) else rows
+    )
 
 
 def _at(index: Tensor, values: Tensor) -> Tensor:

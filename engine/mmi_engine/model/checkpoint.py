@@ -43,7 +43,11 @@ def model_directory(name: str | Path) -> Path:
 
 
 def save_model(
-    model: MMInterleaved, directory: Path, *, tokenizer: DirectoryTokenizer | None = None, dtype: torch.dtype | None = None
+    model: MMInterleaved,
+    directory: Path,
+    *,
+    tokenizer: DirectoryTokenizer | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Path:
     """Write ``model`` as a directory; every file appears complete or not at all.
 

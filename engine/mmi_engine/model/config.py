@@ -11,7 +11,7 @@ import dataclasses
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, cast, get_type_hints
 
 from mmi_engine.errors import ModelError
 
@@ -168,7 +168,9 @@ class ImageDecoderConfig:
     vae: VAEConfig = field(default_factory=VAEConfig)
     scheduler: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of diffusers' ``DDPMScheduler``; ``prediction_type`` epsilon or v_prediction."""
-    mmfs: MMFSConfig | None = field(default_factory=lambda: MMFSConfig(levels=(64, 32, 16, 8), max_images=10, offset_init=1.0))
+    mmfs: MMFSConfig | None = field(
+        default_factory=lambda: MMFSConfig(levels=(64, 32, 16, 8), max_images=10, offset_init=1.0)
+    )
     """``None`` switches MMFS off in the image decoder."""
     context_images: int = 1
     """How many preceding images of the document the U-Net's MMFS sees (released: 1; the paper allows all)."""
@@ -261,7 +263,7 @@ def _build(cls: type[T], data: Any, where: str) -> T:
     for key, value in data.items():
         nested = [t for t in (hints[key], *getattr(hints[key], "__args__", ())) if dataclasses.is_dataclass(t)]
         if nested and value is not None:
-            value = _build(nested[0], value, f"{where}.{key}")
+            value = _build(cast(type, nested[0]), value, f"{where}.{key}")
         elif isinstance(value, list) and "tuple" in str(hints[key]):
             value = tuple(value)
         values[key] = value

@@ -23,10 +23,10 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from mmi_kernels import deform_sample
 from torch import Tensor, nn
 
 from mmi_engine.model.config import MMFSConfig
+from mmi_kernels import deform_sample
 
 HIDDEN_LOGIT = -10000.0
 """Added to the logits of hidden images; not −inf, so that a row that sees nothing stays finite."""

@@ -1,7 +1,7 @@
 """Named sets of numbers: the embedded model ``toon`` and the layout of the released 13B checkpoint.
 
-Both go through the same modules; nothing else distinguishes them. Source of the released numbers: paper Table 11 and the
-public configurations of CLIP ViT-L/14, Vicuna-13B v1.3 and Stable Diffusion 2.1-base.
+Both go through the same modules; nothing else distinguishes them. Source of the released numbers: paper Table 11 and
+the public configurations of CLIP ViT-L/14, Vicuna-13B v1.3 and Stable Diffusion 2.1-base.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def toon_config(vae: VAEConfig, vocabulary: int) -> ModelConfig:
 
 
 def released_config(image_size: int = 512) -> ModelConfig:
-    """The released 13B layout (CLIP ViT-L/14, Vicuna-13B, SD 2.1-base); ``image_size`` is the side of drawn pictures."""
+    """The released 13B layout (CLIP ViT-L/14, Vicuna-13B, SD 2.1-base); pictures are drawn at ``image_size`` px."""
     return ModelConfig(
         name="mm-interleaved-13b",
         tokens=SpecialTokens(),

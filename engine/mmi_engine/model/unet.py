@@ -131,7 +131,9 @@ class MMFSUNet(nn.Module):
             skips += more
         sample = unet.mid_block(sample, emb, **_attends(unet.mid_block, context))
         if vision is not None:
-            terms = [b.term(x, vision, i) for i, (b, x) in enumerate(zip(self.mmfs_blocks, (*skips, sample), strict=True))]
+            terms = [
+                b.term(x, vision, i) for i, (b, x) in enumerate(zip(self.mmfs_blocks, (*skips, sample), strict=True))
+            ]
             skips = tuple(x + term for x, term in zip(skips, terms, strict=False))
             sample = sample + terms[-1]
         for block in unet.up_blocks:

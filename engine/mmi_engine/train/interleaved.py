@@ -156,7 +156,7 @@ def build_model(recipe: Recipe) -> MMInterleaved:
         model = load_model(base)
         if overrides:
             raise ConfigError("a trained model keeps its configuration", remedy="remove the other keys of [model]")
-        return model.requires_grad_(True).train()
+        return model.train()
     codec = load_codec(Path(recipe.data.codec))
     tokenizer = DirectoryTokenizer(TOON_TOKENIZER)
     config = toon_config(codec.config, VOCABULARY)
@@ -197,7 +197,7 @@ def posterior_moments(codec: ImageCodec) -> Callable[[np.ndarray], np.ndarray]:
     @torch.no_grad()
     def encode(pictures: np.ndarray) -> np.ndarray:
         device = next(codec.parameters()).device
-        posterior = codec.posterior(to_float(torch.from_numpy(pictures)).to(device))
+        posterior = codec.posterior(to_float(torch.from_numpy(np.array(pictures))).to(device))
         return torch.cat([posterior.mean, posterior.std], dim=1).cpu().numpy().astype(np.float16)
 
     return encode

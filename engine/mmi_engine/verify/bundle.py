@@ -46,7 +46,9 @@ class Bundle:
     def __init__(self, directory: Path) -> None:
         self.directory = Path(directory)
         if not self.directory.is_dir():
-            raise VerifyError(f"{directory} is not a directory", remedy="give a golden bundle, or none for the built-in")
+            raise VerifyError(
+                f"{directory} is not a directory", remedy="give a golden bundle, or none for the built-in"
+            )
         self.cases = sorted(p.stem for p in self.directory.glob("case*.safetensors"))
         if not self.cases:
             raise VerifyError(f"{directory} holds no case*.safetensors", remedy="give a golden bundle directory")
@@ -112,7 +114,11 @@ def released_config(described: dict[str, Any]) -> ModelConfig:
         context_resampler=_qformer(sizes["ctx"], qk_norm=False),
         unet=described["unet"],
         vae=VAEConfig(described["vae"], patch=1, image_size=sizes["image_size"]),
-        scheduler={**{k: described["scheduler"][k] for k in _SCHEDULER_KEYS}, "variance_type": "fixed_small", "timestep_spacing": "leading"},
+        scheduler={
+            **{k: described["scheduler"][k] for k in _SCHEDULER_KEYS},
+            "variance_type": "fixed_small",
+            "timestep_spacing": "leading",
+        },
         mmfs=MMFSConfig(RELEASED_UNET_HEADS, RELEASED_POINTS, RELEASED_UNET_WIDTH, (64, 32, 16, 8), 10, 1.0),
     )
     return ModelConfig("golden", tokens, vision, _qformer(sizes["vis"], qk_norm=True), language, decoder)

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mmi_kernels import deform_sample
 from torch import Tensor
 
 from mmi_engine.errors import VerifyError
@@ -34,13 +33,15 @@ from mmi_engine.verify.bundle import Bundle
 from mmi_engine.verify.compare import GRADIENT, CaseReport, Recorder
 from mmi_engine.verify.forward import check_forward
 from mmi_engine.verify.pictures import check_generate_images
-
+from mmi_kernels import deform_sample
 
 SHIPPED = Path(__file__).parent / "golden"
 """The bundle that ships: cases 1, 2, 3 and 5."""
 
 
-def verify(directory: Path, *, backend: str = "auto", started: Callable[[str], None] | None = None) -> Iterator[CaseReport]:
+def verify(
+    directory: Path, *, backend: str = "auto", started: Callable[[str], None] | None = None
+) -> Iterator[CaseReport]:
     """Run all cases of a bundle.
 
     Args:
@@ -79,7 +80,8 @@ def check_mmfs_op(bundle: Bundle, name: str, report: CaseReport, tensors: Record
     """Case 1."""
     for index in sorted({key.split(".")[0] for key in tensors}, key=int):
         value, locations, weights = (
-            tensors[f"{index}.{k}"].clone().requires_grad_() for k in ("value", "sampling_locations", "attention_weights")
+            tensors[f"{index}.{k}"].clone().requires_grad_()
+            for k in ("value", "sampling_locations", "attention_weights")
         )
         shapes = [(h, w) for h, w in tensors[f"{index}.spatial_shapes"].tolist()]
         areas = torch.tensor([0, *[h * w for h, w in shapes]]).cumsum(0)[:-1]
