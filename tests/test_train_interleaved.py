@@ -1,0 +1,121 @@
+"""The whole model's task: losses weighed and counted, only the codec frozen, a run from `train` to a loadable model."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from tiny import tiny_model
+from train_cache import small_cache
+
+from mmi_engine.errors import ConfigError, ModelError
+from mmi_engine.model.checkpoint import load_model, save_model
+from mmi_engine.model.presets import toon_config
+from mmi_engine.toon.tokenizer import VOCABULARY
+from mmi_engine.train.cache import Cache
+from mmi_engine.train.interleaved import InterleavedTask, build_model, merged
+from mmi_engine.train.loop import Loop
+from mmi_engine.train.recipe import DataConfig, LoopConfig, LossConfig, OptimConfig, Recipe
+from mmi_engine.train.vae import codec_config
+
+MIXTURE = {"story": 1.0, "caption": 1.0, "vqa": 1.0, "ground": 1.0, "t2i": 1.0, "seg2img": 1.0}
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory: pytest.TempPathFactory) -> Iterator[InterleavedTask]:
+    """One task for all tests here; those that train it do not rely on its first weights."""
+    folder = tmp_path_factory.mktemp("task")
+    save_model(tiny_model(), folder / "base")
+    with pytest.MonkeyPatch.context() as patch:
+        yield make_task(folder, small_cache(folder / "pictures", patch, shards=1))
+
+
+def make_task(folder: Path, pictures: Cache) -> InterleavedTask:
+    recipe = Recipe(
+        task="interleaved",
+        data=DataConfig(mixture=MIXTURE, row_tokens=120),
+        model={"base": str(folder / "base")},
+        loss=LossConfig(noise_repeats=2),
+        optim=OptimConfig(lr=1e-3, warmup=1),
+        loop=LoopConfig(steps=2, batch_size=2, eval_samples=8, eval_every=2, log_every=1, ema=0.5),
+    )
+    return InterleavedTask(recipe, pictures, pictures, lambda done, total: None)
+
+
+def test_everything_is_trained_but_the_codec(task: InterleavedTask) -> None:
+    loss, _ = task.module(task.batch(0))
+    loss.backward()
+    frozen = {n for n, p in task.model.named_parameters() if not p.requires_grad}
+    assert {n for n in frozen if not n.endswith("ignore_token")} == {
+        n for n, _ in task.model.named_parameters() if ".codec." in n
+    }
+    assert any(n.endswith("ignore_token") for n in frozen)
+    untouched = [n for n, p in task.model.named_parameters() if p.requires_grad and p.grad is None]
+    assert untouched == []
+
+
+def test_counted_pictures_are_those_to_be_drawn(task: InterleavedTask) -> None:
+    batch = task.batch(0)
+    drawn = int(sum({"story": 5, "t2i": 1, "seg2img": 1}.get(name.split(":")[0], 0) for name in batch.names))
+    assert drawn > 0 and task.size(batch) == 2 * drawn
+    assert len(task.ids(batch)) == len(batch.names)
+
+
+def test_losses_add_up(task: InterleavedTask) -> None:
+    torch.manual_seed(0)
+    loss, parts = task.module(task.batch(1))
+    config = task.model.config
+    expected = config.loss_text_weight * parts["text"] + config.loss_image_weight * parts["image"]
+    assert float(loss.detach()) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_evaluation_is_repeatable_and_leaves_the_generator_alone(task: InterleavedTask) -> None:
+    torch.manual_seed(1)
+    first = task.evaluate(8)
+    after = torch.rand(1)
+    torch.manual_seed(1)
+    assert torch.equal(torch.rand(1), after)
+    assert task.evaluate(8) == first and set(first) == {"text", "image"}
+
+
+def test_a_run_leaves_a_model_that_loads_and_draws(task: InterleavedTask, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    before = {name: value.clone() for name, value in task.model.state_dict().items()}
+    figures = Loop(task.recipe, task, run).run()
+    assert figures["text"] > 0 and figures["image"] > 0
+    loaded = load_model(run / "model").state_dict()
+    codec = next(n for n in loaded if "codec" in n and n.endswith("conv_in.weight"))
+    assert torch.equal(loaded[codec], before[codec].half().float())
+    moved = [n for n in loaded if not torch.equal(loaded[n], before[n].half().float())]
+    assert any("unet" in n for n in moved) and any("language" in n for n in moved)
+    with Image.open(run / "preview.png") as sheet:
+        assert sheet.size == (5 * 32, 6 * 32)
+    assert set(json.loads((run / "model" / "data.json").read_text(encoding="utf-8"))["documents"]) == set(MIXTURE)
+
+
+def test_what_cannot_be_built_is_refused(task: InterleavedTask) -> None:
+    def refused(model: dict[str, Any], match: str, error: type[Exception] = ConfigError) -> None:
+        with pytest.raises(error, match=match):
+            build_model(dataclasses.replace(task.recipe, model=model))
+
+    refused({}, "model.base is missing")
+    refused({**task.recipe.model, "name": "other"}, "keeps its configuration")
+    refused({"base": "toon"}, "no codec", ModelError)
+
+
+def test_nested_configuration_values_are_replaced() -> None:
+    vae = codec_config({"patch": 8, "image_size": 128, "diffusers": {"block_out_channels": [8], "latent_channels": 4}})
+    config = toon_config(vae, VOCABULARY)
+    changed = merged(config, {"language": {"mmfs": None}, "image_decoder": {"mmfs": {"points": 2}}})
+    assert changed.language.mmfs is None and changed.language.mmfs_every == config.language.mmfs_every
+    assert changed.image_decoder.mmfs is not None and config.image_decoder.mmfs is not None
+    assert changed.image_decoder.mmfs == dataclasses.replace(config.image_decoder.mmfs, points=2)
+    with pytest.raises(ModelError, match="imagedecoder"):
+        merged(config, {"imagedecoder": {}})
