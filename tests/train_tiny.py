@@ -21,9 +21,9 @@ from mmi_engine.train.recipe import LoopConfig, OptimConfig, Recipe
 class Regression(nn.Module):
     """A regression with dropout, so that a wrong state of the random generator shows in the weights."""
 
-    def __init__(self) -> None:
+    def __init__(self, dropout: float) -> None:
         super().__init__()
-        self.body = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.3), nn.Linear(8, 1))
+        self.body = nn.Sequential(nn.Linear(4, 8), nn.Dropout(dropout), nn.Linear(8, 1))
 
     def forward(self, batch: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Batch ``[N, 5]``: four inputs and the target."""
@@ -35,9 +35,9 @@ class Regression(nn.Module):
 class TinyTask:
     """Implements :class:`mmi_engine.train.task.Task`; batch ``poisoned`` holds a NaN."""
 
-    def __init__(self, seed: int = 0, sleep: float = 0.0, poisoned: int = -1) -> None:
+    def __init__(self, seed: int = 0, sleep: float = 0.0, poisoned: int = -1, dropout: float = 0.3) -> None:
         torch.manual_seed(seed)
-        self.module: nn.Module = Regression()
+        self.module: nn.Module = Regression(dropout)
         self.seed, self.sleep, self.poisoned = seed, sleep, poisoned
         self.asked: list[int] = []
 

@@ -69,7 +69,7 @@ class Loop:
         self.peaks = [group["lr"] for group in groups]
         optimizer = torch.optim.AdamW(
             [{k: v for k, v in g.items() if k not in ("names", "label")} for g in groups],
-            betas=recipe.optim.betas,  # type: ignore[arg-type]
+            betas=recipe.optim.betas,
             eps=recipe.optim.eps,
             fused=True,
         )
@@ -193,7 +193,7 @@ class Loop:
     # ------------------------------------------------------------------ what is written
 
     def _averaged(self) -> AbstractContextManager[None]:
-        return self.average.applied(self.task.module) if self.average else nullcontext()  # type: ignore[return-value]
+        return self.average.applied(self.task.module) if self.average else nullcontext()
 
     @torch.no_grad()
     def _evaluate(self) -> dict[str, float]:

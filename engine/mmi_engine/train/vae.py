@@ -72,28 +72,15 @@ def start_linear(codec: ImageCodec, pictures: Tensor, constant: float = 100.0) -
         codec: ``block_out_channels`` of one level, ``norm_num_groups`` 1.
         pictures: ``[N, 3, H, W]`` in [0, 1] to take the components from.
     """
-    vae, patch = codec.vae, codec.config.patch
-    width, count = vae.encoder.conv_in.out_channels, codec.config.latent_channels
+    vae, count = codec.vae, codec.config.latent_channels
+    width = vae.encoder.conv_in.out_channels
     half, held = width // 2, (width - 2, width - 1)
-    vectors = F.pixel_unshuffle(pictures * 2 - 1, patch).permute(0, 2, 3, 1).flatten(0, 2)
-    mean = vectors.mean(0)
-    _, spread, basis = torch.linalg.svd(vectors - mean, full_matrices=False)
-    scale = (spread / math.sqrt(len(vectors))).sqrt()[:, None] + 0.1
-    kept = min(half - 1, len(basis))
-    forward, backward = basis[:kept] / scale[:kept], (basis * scale)[:count].T
+    mean, basis, scale = principal_components(pictures, codec.config.patch)
     for part in (vae.encoder, vae.decoder):
-        for name, layer in part.named_modules():
-            if name.endswith("conv2"):
-                layer.weight.zero_()
-                layer.bias.zero_()
-                _mask_gradients(layer, held)
-            elif name.endswith(("norm1", "conv_norm_out")):
-                layer.weight.fill_(constant * math.sqrt(2 / width))
-                layer.weight[list(held)] = 0
-                _mask_gradients(layer, held)
-    _set_centre(
-        vae.encoder.conv_in, torch.cat([forward, -forward]), _pairs(kept, half), -torch.cat([forward, -forward]) @ mean
-    )
+        _quieten(part, held, constant * math.sqrt(2 / width))
+    kept = min(half - 1, len(basis))
+    forward = torch.cat([basis[:kept] / scale[:kept], -basis[:kept] / scale[:kept]])
+    _set_centre(vae.encoder.conv_in, forward, _pairs(kept, half), -forward @ mean)
     _set_centre(vae.decoder.conv_in, torch.cat([torch.eye(count), -torch.eye(count)]), _pairs(count, half))
     for layer in (vae.encoder.conv_in, vae.decoder.conv_in):
         layer.weight[list(held)] = 0
@@ -101,15 +88,39 @@ def start_linear(codec: ImageCodec, pictures: Tensor, constant: float = 100.0) -
         _mask_gradients(layer, held)
     difference = torch.zeros(count, width)
     difference[range(count), range(count)], difference[range(count), range(half, half + count)] = 1.0, -1.0
-    vae.encoder.conv_out.weight.zero_()
-    vae.decoder.conv_out.weight.zero_()
+    for part in (vae.encoder, vae.decoder):
+        part.conv_out.weight.zero_()
     _set_centre(vae.encoder.conv_out, difference, list(range(count)))
-    _set_centre(vae.decoder.conv_out, backward @ difference, list(range(len(mean))), mean)
+    _set_centre(vae.decoder.conv_out, (basis * scale)[:count].T @ difference, list(range(len(mean))), mean)
     for layer, size in ((vae.quant_conv, 2 * count), (vae.post_quant_conv, count)):
         layer.weight.zero_()
         layer.bias.zero_()
         layer.weight[range(count), range(count)] = 1.0
         layer.bias[count:size] = -8.0  # the posterior starts almost without noise
+
+
+def principal_components(pictures: Tensor, patch: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean ``[D]``, components ``[D, D]`` (rows, largest first) and √spread ``[D, 1]`` of ``patch`` × ``patch`` pieces.
+
+    D = 3·patch², in the order of pixel-unshuffle, of pictures ``[N, 3, H, W]`` brought to [-1, 1].
+    """
+    vectors = F.pixel_unshuffle(pictures * 2 - 1, patch).permute(0, 2, 3, 1).flatten(0, 2)
+    mean = vectors.mean(0)
+    _, spread, basis = torch.linalg.svd(vectors - mean, full_matrices=False)
+    return mean, basis, (spread / math.sqrt(len(vectors))).sqrt()[:, None] + 0.1
+
+
+def _quieten(part: nn.Module, held: tuple[int, ...], norm_weight: float) -> None:
+    """Residual branches to zero, norms to the identity on all channels but the ``held`` ones."""
+    for name, layer in part.named_modules():
+        if name.endswith("conv2"):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+            _mask_gradients(layer, held)
+        elif name.endswith(("norm1", "conv_norm_out")):
+            layer.weight.fill_(norm_weight)
+            layer.weight[list(held)] = 0
+            _mask_gradients(layer, held)
 
 
 def _pairs(count: int, half: int) -> list[int]:
