@@ -38,9 +38,12 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+
+
 def start(directory: Path, sleep: float) -> subprocess.Popen[bytes]:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    return subprocess.Popen([sys.executable, str(SCRIPT), str(directory), str(STEPS), str(sleep)], env=environment)
+    return subprocess.Popen([sys.executable, str(SCRIPT), str(directory), str(STEPS), str(sleep)], env=environment())
 
 
 def wait_for_step(directory: Path, step: int) -> None:
@@ -130,6 +133,18 @@ def test_accumulation_equals_one_large_batch(tmp_path: Path) -> None:
         train(folder, task=task, accumulate=accumulate)
         moved.append(torch.cat([p.detach().flatten() for p in task.module.parameters()]))
     assert torch.allclose(moved[0], moved[1], atol=1e-5)
+
+
+def test_two_processes_equal_one_that_accumulates(tmp_path: Path) -> None:
+    """The mean of two processes' gradients is the mean over two micro-batches: the same stream, the same weights."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(SCRIPT)]
+    settings = {**environment(), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    subprocess.run([*command, str(tmp_path / "two"), str(STEPS), "0", "exact"], env=settings, check=True, timeout=300)
+    assert [(tmp_path / "two" / f"world-{rank}").read_text() for rank in (0, 1)] == ["2", "2"]
+    train(tmp_path / "one", task=TinyTask(dropout=0.0), accumulate=2)
+    ours, theirs = (torch.load(tmp_path / name / "model" / "weights.pt") for name in ("two", "one"))
+    for name in ours:
+        assert torch.allclose(ours[name], theirs[name], atol=1e-5), name
 
 
 def test_existing_run_is_not_overwritten(undisturbed: Path) -> None:

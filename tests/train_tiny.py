@@ -1,6 +1,6 @@
 """A training task of a few numbers, for the tests of the loop; run as a script it trains in a process of its own.
 
-python tests/train_tiny.py DIRECTORY STEPS SLEEP [resume]
+python tests/train_tiny.py DIRECTORY STEPS SLEEP [resume] [exact]      (exact: no dropout)
 """
 
 from __future__ import annotations
@@ -85,7 +85,10 @@ def main() -> None:
     """Train as the command line says."""
     directory, steps, sleep = Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
     directory.mkdir(parents=True, exist_ok=True)
-    Loop(recipe(steps), TinyTask(sleep=sleep), directory).run(resume="resume" in sys.argv[4:])
+    task = TinyTask(sleep=sleep, dropout=0.0 if "exact" in sys.argv else 0.3)
+    loop = Loop(recipe(steps), task, directory)
+    (directory / f"world-{loop.accelerator.process_index}").write_text(str(loop.accelerator.num_processes))
+    loop.run(resume="resume" in sys.argv[4:])
 
 
 if __name__ == "__main__":

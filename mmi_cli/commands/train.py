@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,8 @@ def train(
         console.current().out(resolved.to_json().rstrip("\n"))
         return
     directory = directory or Path("runs") / f"{resolved.recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    if os.environ.get("RANK", "0") != "0":  # under torchrun and accelerate launch one process speaks for all
+        console.current().verbosity = -1
     console.current().notice(f"training {resolved.recipe.name} in {directory}")
     with _Reporter(console.current()) as reporter:
         figures = run(resolved, directory, resume=resume, report=reporter)

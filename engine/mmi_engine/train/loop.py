@@ -21,7 +21,7 @@ from types import FrameType
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import Tensor
 
 from mmi_engine.errors import GenerationError, Interrupted, OutputError
@@ -63,6 +63,8 @@ class Loop:
         self.accelerator = Accelerator(
             gradient_accumulation_steps=loop.accumulate,
             mixed_precision="bf16" if loop.precision == "bf16" else "no",
+            # a batch without a picture to draw leaves the image decoder without gradients
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
         )
         freeze(task.module, recipe.optim.freeze)
         groups = parameter_groups(task.module, recipe.optim)

@@ -36,20 +36,27 @@ def train(
     Raises:
         ConfigError, OutputError, Interrupted, NotFiniteError: see :class:`mmi_engine.train.loop.Loop`.
     """
+    from accelerate import PartialState
+
     from mmi_engine.train import cache
     from mmi_engine.train.loop import Loop
 
     report = report or (lambda _: None)
-    if not resume and (directory / "recipe.json").exists():
-        raise OutputError(f"{directory} already holds a training run", remedy="add --resume or choose another --out")
-    directory.mkdir(parents=True, exist_ok=True)
-    record = directory / "run.json"
-    before = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
-    world = before.get("world") or cache.fingerprint()
-    task = build_task(resolved, report, world)
-    (directory / "recipe.json").write_text(resolved.to_json(), encoding="utf-8")
-    record.write_text(json.dumps({"world": world, **_environment()}, indent=2) + "\n", encoding="utf-8")
-    return Loop(resolved.recipe, task, directory, report).run(resume=resume)
+    state = PartialState()
+    with state.main_process_first():  # one process draws and writes, the others find everything done
+        if state.is_main_process and not resume and (directory / "recipe.json").exists():
+            raise OutputError(
+                f"{directory} already holds a training run", remedy="add --resume or choose another --out"
+            )
+        directory.mkdir(parents=True, exist_ok=True)
+        record = directory / "run.json"
+        before = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
+        world = before.get("world") or cache.fingerprint()
+        task = build_task(resolved, report, world)
+        if state.is_main_process:
+            (directory / "recipe.json").write_text(resolved.to_json(), encoding="utf-8")
+            record.write_text(json.dumps({"world": world, **_environment()}, indent=2) + "\n", encoding="utf-8")
+    return Loop(resolved.recipe, task, directory, report if state.is_main_process else None).run(resume=resume)
 
 
 def build_task(resolved: Resolved, report: Report, world: str | None = None) -> Any:
