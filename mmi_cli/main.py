@@ -25,6 +25,7 @@ from mmi_engine.errors import MMIError
 COMMANDS: dict[str, tuple[str, str, str]] = {
     "story": ("mmi_cli.commands.story", "story", "Fill in the missing pictures and texts of stories."),
     "train": ("mmi_cli.commands.train", "train", "Pre-train or fine-tune by a named recipe."),
+    "eval": ("mmi_cli.commands.eval", "eval_", "Measure a model on a suite of test items."),
     "data": ("mmi_cli.commands.data", "data", "Validate manifests; make the built-in data."),
     "model": ("mmi_cli.commands.model", "model", "Look into model directories."),
     "recipe": ("mmi_cli.commands.recipe", "recipe", "List, show and copy the training recipes."),

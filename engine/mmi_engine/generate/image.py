@@ -108,12 +108,7 @@ def _normal(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
 
 def make_scheduler(model: MMInterleaved, name: str) -> Any:
     """A fresh diffusers scheduler (it keeps state between steps) with the model's own noise schedule."""
-    config = dict(model.image_decoder.scheduler.config)
-    if name == "dpm++" and config.get("rescale_betas_zero_snr"):
-        # The multistep solver divides by α at the first step, which a zero-SNR schedule makes zero: trailing steps
-        # with its own final sigma keep it finite.
-        config["use_karras_sigmas"] = False
-    return _SCHEDULERS[name].from_config(config)
+    return _SCHEDULERS[name].from_config(dict(model.image_decoder.scheduler.config))
 
 
 def to_images(model: MMInterleaved, latents: Tensor) -> Tensor:

@@ -22,24 +22,9 @@ from mmi_engine.errors import ModelError
 from mmi_engine.model.config import ModelConfig
 from mmi_engine.model.interleaved import MMInterleaved
 from mmi_engine.model.tokenizer import DirectoryTokenizer
-
-EMBEDDED = {"toon": Path(__file__).resolve().parent.parent / "toon" / "weights"}
-"""Models that the package carries."""
+from mmi_engine.model_info import locate
 
 WEIGHTS = "model.safetensors"
-
-
-def model_directory(name: str | Path) -> Path:
-    """Directory of a model by embedded name or path.
-
-    Raises:
-        ModelError: neither.
-    """
-    directory = EMBEDDED.get(str(name), Path(name))
-    if not (directory / WEIGHTS).is_file():
-        known = ", ".join(EMBEDDED)
-        raise ModelError(f"no model at {name!r}", remedy=f"give a model directory or an embedded model ({known})")
-    return directory
 
 
 def save_model(
@@ -88,9 +73,10 @@ def load_model(
         dtype: compute dtype; ``None`` is float32.
 
     Raises:
-        ModelError: a file is missing or damaged, or tensors are missing, unexpected or of another shape.
+        ModelError: a file is missing or damaged, tensors are missing, unexpected or of another shape, or the tokenizer
+            does not fit the configuration.
     """
-    directory = model_directory(name)
+    directory = locate(str(name))
     config = ModelConfig.load(directory)
     with torch.device("meta"):
         skeleton = MMInterleaved(config)
@@ -98,6 +84,12 @@ def load_model(
     tensors = _read(directory / WEIGHTS, expected, dtype or torch.float32)
     model = _materialise(config, tensors)
     model.tokenizer = DirectoryTokenizer(directory)
+    if model.tokenizer.vocabulary > config.tokens.vocab_size:
+        raise ModelError(
+            f"{directory}: the tokenizer has {model.tokenizer.vocabulary} entries, the model "
+            f"{config.tokens.vocab_size}",
+            remedy="put the model's own tokenizer there",
+        )
     return model.to(device).channels_last().eval()
 
 

@@ -1,8 +1,8 @@
 """The image decoder: the context of an image → 77 tokens → diffusion U-Net with MMFS → latent → picture.
 
 Place in the flow: behind the language model. Hidden states from the document's ``<s>`` to the image's ``<BoI>``,
-nearest first, are projected, get 1-D positions and are resampled to the U-Net's text condition; the U-Net's MMFS looks at the
-image before. Source: paper section 3.2 and Eq. 3; architecture section 5 and 6.
+nearest first, are projected, get 1-D positions and are resampled to the U-Net's text condition; the U-Net's MMFS looks
+at the image before. Source: paper section 3.2 and Eq. 3; architecture section 5 and 6.
 """
 
 from __future__ import annotations

@@ -61,9 +61,8 @@ class MMInterleaved(nn.Module):
         self.channels_last()
 
     def channels_last(self) -> MMInterleaved:
-        """Lay the convolutions' weights out channels-last: on a CPU the U-Net runs nearly twice as fast."""
-        for part in (self.image_decoder.unet, self.image_decoder.codec):
-            part.to(memory_format=torch.channels_last)
+        """Lay the U-Net's weights out channels-last: on a CPU it runs nearly twice as fast."""
+        self.image_decoder.unet.to(memory_format=torch.channels_last)
         return self
 
     @property

@@ -49,6 +49,12 @@ class DirectoryTokenizer:
         """Text of ids; special tokens are left out."""
         return str(self._library.decode(ids, skip_special_tokens=True)).strip()
 
+    @property
+    def vocabulary(self) -> int:
+        """Entries, special tokens included."""
+        count = getattr(self._library, "get_vocab_size", None)
+        return int(count() if count is not None else len(self._library))
+
     def copy_to(self, directory: Path) -> None:
         """Put the tokenizer file into another model directory."""
         target = Path(directory) / self.path.name

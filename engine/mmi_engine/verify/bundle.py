@@ -86,7 +86,8 @@ class Bundle:
         model = MMInterleaved(self.config).eval()
         with torch.no_grad():
             self.report: NameReport = load_released(model, self.config, self.weights)
-        return model
+        # The released layout of the convolutions, so that differences are the algorithm's and not the library's.
+        return model.to(memory_format=torch.contiguous_format)
 
 
 def released_config(described: dict[str, Any]) -> ModelConfig:

@@ -1,0 +1,93 @@
+"""Denoising against the algorithm written out, and independence from neighbours."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mmi_engine.errors import UsageError
+from mmi_engine.generate.image import Denoising, ImageRequest, denoise, to_images
+from mmi_engine.generate.settings import Settings
+from mmi_engine.model.config import GenerationDefaults
+from mmi_engine.model.interleaved import MMInterleaved
+from tests.tiny import tiny_model
+
+
+@pytest.fixture(scope="module")
+def model() -> MMInterleaved:
+    return tiny_model(seed=3)
+
+
+def request_of(count: int, seeds: list[int], seen: list[int]) -> ImageRequest:
+    generator = torch.Generator().manual_seed(9)
+    tokens = torch.randn(count, 5, 16, generator=generator)
+    features = [torch.randn(count, 1, 16, s, s, generator=generator) for s in (16, 8, 4, 2)]
+    visible = torch.tensor(seen)[:, None]
+    return ImageRequest(tokens, features, visible, [torch.Generator().manual_seed(s) for s in seeds])
+
+
+@torch.no_grad()
+def test_ddim_with_guidance_written_out(model: MMInterleaved) -> None:
+    request, steps, guidance = request_of(1, [4], [1]), 4, 2.5
+    got = denoise(model, request, Denoising(steps, guidance, "ddim"))
+    alphas = model.image_decoder.scheduler.alphas_cumprod.double()
+    x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(4)).double()
+    unet = model.image_decoder.unet
+    vision = unet.look(request.features, request.visible)
+    stride = 1000 // steps
+    for index in reversed(range(steps)):
+        t = index * stride
+        noisy = x.float()
+        empty = unet(noisy, torch.tensor(t), model.image_decoder.unconditional, vision).double()
+        told = unet(noisy, torch.tensor(t), request.tokens, vision).double()
+        v = empty + guidance * (told - empty)
+        a, s = alphas[t].sqrt(), (1 - alphas[t]).sqrt()
+        clean, noise = a * x - s * v, a * v + s * x
+        before = alphas[t - stride] if index else torch.ones(()).double()  # the last step ends clean
+        x = before.sqrt() * clean + (1 - before).sqrt() * noise
+    torch.testing.assert_close(got.double(), x, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("scheduler", ["ddpm", "ddim", "dpm++", "unipc"])
+def test_every_scheduler_is_finite_and_repeatable(model: MMInterleaved, scheduler: str) -> None:
+    plan = Denoising(4, 2.0, scheduler)
+    first, second = (denoise(model, request_of(2, [1, 2], [0, 1]), plan) for _ in range(2))
+    assert torch.equal(first, second)
+    pictures = to_images(model, first)
+    assert pictures.shape == (2, 3, 32, 32) and bool(((pictures >= 0) & (pictures <= 1)).all())
+
+
+@pytest.mark.parametrize("scheduler", ["ddpm", "ddim"])
+def test_place_in_the_batch_does_not_matter(model: MMInterleaved, scheduler: str) -> None:
+    plan, whole = Denoising(3, 2.0, scheduler), request_of(3, [1, 2, 3], [1, 1, 1])
+    expected = denoise(model, whole, plan)
+    order = [2, 0, 1]
+    turned = request_of(3, [[1, 2, 3][i] for i in order], [1, 1, 1])
+    turned.tokens = whole.tokens[order]
+    turned.features = [m[order] for m in whole.features]
+    assert torch.equal(denoise(model, turned, plan), expected[order])
+
+
+def test_context_image_matters_only_where_it_is_visible(model: MMInterleaved) -> None:
+    plan = Denoising(2, 1.0, "ddim")
+    base = denoise(model, request_of(2, [1, 2], [1, 0]), plan)
+    changed = request_of(2, [1, 2], [1, 0])
+    changed.features = [m.flip(-1) for m in changed.features]  # a shift would vanish in the LayerNorm
+    moved = denoise(model, changed, plan)
+    assert not torch.allclose(moved[0], base[0], atol=1e-4)
+    torch.testing.assert_close(moved[1], base[1])
+
+
+def test_user_choices_come_before_the_models() -> None:
+    defaults = GenerationDefaults(steps=20, guidance=2.0, scheduler="ddim")
+    assert Denoising.choose(Settings(), defaults) == Denoising(20, 2.0, "ddim")
+    assert Denoising.choose(Settings(steps=3, guidance=0.0), defaults) == Denoising(3, 0.0, "ddim")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"steps": 0}, {"scheduler": "euler"}, {"top_p": 0.0}, {"min_new_tokens": 99}, {"beams": 2, "temperature": 1.0}],
+)
+def test_impossible_settings_are_refused(wrong: dict) -> None:
+    with pytest.raises(UsageError):
+        Settings(**wrong)
