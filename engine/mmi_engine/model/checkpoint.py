@@ -47,6 +47,7 @@ def save_model(
     tensors = {k: _stored(v, dtype) for k, v in model.state_dict().items()}
     partial = directory / f"{WEIGHTS}.partial"
     save_file(tensors, partial, metadata={"format": "pt"})
+    partial.chmod(0o644)  # the library writes files that only their owner may read
     os.replace(partial, directory / WEIGHTS)
     text = directory / "config.json.partial"
     text.write_text(model.config.to_json(), encoding="utf-8")
