@@ -7,6 +7,7 @@ import torch
 
 from mmi_engine.errors import UsageError
 from mmi_engine.generate.image import Denoising, ImageRequest, denoise, to_images
+from mmi_engine.generate.interleave import invariant_rows
 from mmi_engine.generate.settings import Settings
 from mmi_engine.model.config import GenerationDefaults
 from mmi_engine.model.interleaved import MMInterleaved
@@ -59,10 +60,11 @@ def test_every_scheduler_is_finite_and_repeatable(model: MMInterleaved, schedule
 
 @pytest.mark.parametrize("scheduler", ["ddpm", "ddim"])
 def test_place_in_the_batch_does_not_matter(model: MMInterleaved, scheduler: str) -> None:
-    plan, whole = Denoising(3, 2.0, scheduler), request_of(3, [1, 2, 3], [1, 1, 1])
+    rows = invariant_rows(2 * torch.get_num_threads(), model.device)
+    plan, whole = Denoising(3, 2.0, scheduler), request_of(rows, list(range(rows)), [1] * rows)
     expected = denoise(model, whole, plan)
-    order = [2, 0, 1]
-    turned = request_of(3, [[1, 2, 3][i] for i in order], [1, 1, 1])
+    order = [rows - 1, *range(rows - 1)]
+    turned = request_of(rows, order, [1] * rows)
     turned.tokens = whole.tokens[order]
     turned.features = [m[order] for m in whole.features]
     assert torch.equal(denoise(model, turned, plan), expected[order])
@@ -91,3 +93,10 @@ def test_user_choices_come_before_the_models() -> None:
 def test_impossible_settings_are_refused(wrong: dict) -> None:
     with pytest.raises(UsageError):
         Settings(**wrong)
+
+
+def test_rows_computed_together_are_a_multiple_of_the_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    cpu = torch.device("cpu")
+    assert [invariant_rows(n, cpu) for n in (1, 3, 4, 7, 8)] == [1, 1, 4, 4, 8]
+    assert invariant_rows(7, torch.device("cuda")) == 7

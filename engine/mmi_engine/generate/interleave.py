@@ -101,7 +101,8 @@ class _Maker:
     """One run over a few documents."""
 
     def __init__(self, model: MMInterleaved, settings: Settings, batch_size: int) -> None:
-        self.model, self.settings, self.batch_size = model, settings, batch_size
+        self.model, self.settings = model, settings
+        self.batch_size = invariant_rows(batch_size, model.device)
         self.tokens, self.config = model.config.tokens, model.config
         self.plan = Denoising.choose(settings, model.config.generation)
         self.dtype = model.boi_embedding.dtype
@@ -256,6 +257,19 @@ class _Maker:
             for level in levels
         ]
         return maps, torch.ones(len(rows), count, dtype=torch.long, device=device)
+
+
+def invariant_rows(batch_size: int, device: torch.device) -> int:
+    """Rows that are computed together so that an item's bytes do not depend on its place among them.
+
+    On a CPU torch deals the rows of a matrix product out to its threads; where a thread's share ends inside an item,
+    that item takes another path through the library and its last bits change. So the rows are a multiple of the threads
+    (at most ``batch_size``), or one where there are fewer rows than threads.
+    """
+    if device.type != "cpu":
+        return batch_size
+    threads = torch.get_num_threads()
+    return max(1, batch_size // threads * threads)
 
 
 def padded(length: int) -> int:
