@@ -70,7 +70,8 @@ def share_environment(command: click.Command) -> None:
         share_environment(inner)
     for parameter in command.params:
         if isinstance(parameter, click.Option) and parameter.name and parameter.envvar is None:
-            option = parameter.name.upper()
+            longest = max(parameter.opts, key=len)
+            option = longest.lstrip("-").upper().replace("-", "_")
             name = (command.name or "").upper().replace("-", "_")
             parameter.envvar = [f"MMI_{name}_{option}", f"MMI_{option}"]
 

@@ -107,9 +107,7 @@ input_options = stack(
 )
 
 model_options = stack(
-    click.option(
-        "--model", default="toon", show_default=True, metavar="M", help="toon, a model directory, or a hub id."
-    ),
+    click.option("--model", default="toon", show_default=True, metavar="M", help="toon, or a model directory."),
     click.option("--device", type=DeviceType(), default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."),
     click.option("--dtype", type=click.Choice(DTYPES), default="auto", show_default=True, help="Number format."),
     click.option("--kernel", type=click.Choice(KERNELS), default="auto", show_default=True, help="Sampling kernel."),

@@ -94,7 +94,7 @@ def test_minimum_length_and_repetition_penalty(model: MMInterleaved) -> None:
     prompt = prompt_of(model, [[7, 8, 9]], [1])
     stops = {model.config.tokens.eos, model.config.tokens.boi}
     made = generate_text(model, prompt, Settings(max_new_tokens=8, min_new_tokens=8)).ids[0]
-    assert not stops & set(made[1:7])
+    assert len(made) == 9 and not stops & set(made[1:])
     free = generate_text(model, prompt, Settings(max_new_tokens=12)).ids[0][1:]
     punished = generate_text(model, prompt, Settings(max_new_tokens=12, repetition_penalty=1e6)).ids[0][1:]
     assert len(set(punished)) == len(punished)
@@ -112,6 +112,12 @@ def test_sampling_depends_on_its_own_generator_only(model: MMInterleaved) -> Non
     first, second = sample((1, 2)), sample((2, 1))
     assert first[0] == second[1] and first[1] == second[0]
     assert len({tuple(row) for seeds in itertools.pairwise(range(6)) for row in sample(seeds)}) > 1
+
+
+def test_beams_without_any_image(model: MMInterleaved) -> None:
+    prompt = prompt_of(model, [[7, 8]], [0])
+    one = generate_text(model, prompt, Settings(beams=3, max_new_tokens=1)).ids[0]
+    assert one[1] == int(next_logits(model, prompt, []).argmax())
 
 
 def test_small_nucleus_is_greedy(model: MMInterleaved) -> None:

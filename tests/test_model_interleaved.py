@@ -108,6 +108,20 @@ def test_loss_is_weighted_sum_and_images_without_context_do_not_count() -> None:
     torch.testing.assert_close(counted.loss_image, output.diffusion.per_image[1])
 
 
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_min_snr_weight(prediction: str) -> None:
+    decoder = tiny_config().image_decoder
+    scheduler = {**decoder.scheduler, "prediction_type": prediction}
+    config = tiny_config(image_decoder=dataclasses.replace(decoder, min_snr_gamma=5.0, scheduler=scheduler))
+    image_decoder = MMInterleaved(config).image_decoder
+    steps = torch.tensor([10, 400, 900])
+    alphas = image_decoder.scheduler.alphas_cumprod[steps]
+    snr = alphas / (1 - alphas)
+    # Hang et al.: min(SNR, γ) on the error of the clean image; an error of ε is that times 1/SNR, of v 1/(SNR + 1).
+    expected = [min(float(s), 5.0) / (float(s) + (prediction == "v_prediction")) for s in snr]
+    torch.testing.assert_close(image_decoder._snr_weight(steps), torch.tensor(expected))
+
+
 def test_unconditional_embedding_replaces_the_context() -> None:
     model = tiny_model()
     batch = batch_of(model, [[1, 5, "image", 2]])

@@ -12,10 +12,12 @@ from mmi_engine.errors import VerifyError
 from mmi_engine.verify.bundle import Bundle
 from mmi_engine.verify.cases import SHIPPED, verify
 from mmi_engine.verify.compare import GRADIENT, CaseReport
+from mmi_kernels import backends
 
 
-def test_shipped_bundle_passes_with_every_kernel_here() -> None:
-    reports = list(verify(SHIPPED))
+@pytest.mark.parametrize("backend", [name for name, state in backends().items() if state.available and name != "cuda"])
+def test_shipped_bundle_passes_with_every_kernel_here(backend: str) -> None:
+    reports = list(verify(SHIPPED, backend=backend))
     assert [r.case.split("_")[0] for r in reports] == ["case1", "case2", "case3", "case5"]
     failed = [(row.case, row.tensor, row.relative) for report in reports for row in report.rows if not row.passed]
     assert failed == []

@@ -28,7 +28,7 @@ class Choices:
     """What the user chose; None and ``auto`` leave the choice to model and machine.
 
     Attributes:
-        model: ``toon``, a directory, or a hub id.
+        model: ``toon`` or a directory.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:N``; local_rank: the device of this process when launched.
         dtype: ``auto``, ``fp32``, ``bf16``, ``fp16``.
         kernel: ``auto``, ``cuda``, ``torch``, ``numba``.

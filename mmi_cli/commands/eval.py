@@ -19,9 +19,9 @@ from mmi_cli.options import SETTINGS, message_options
 @click.option("--model", default="toon", show_default=True, metavar="M", help="'toon' or a model directory.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), metavar="DIR", help="Folder of the results.")
 @click.option(
-    "--stories", type=click.IntRange(1), default=50, show_default=True, help="Stories, four frames drawn each."
+    "--stories", type=click.IntRange(1), default=125, show_default=True, help="Stories, four frames drawn each."
 )
-@click.option("--scenes", type=click.IntRange(1), default=200, show_default=True, help="Scenes to caption and to draw.")
+@click.option("--scenes", type=click.IntRange(1), default=500, show_default=True, help="Scenes to caption and to draw.")
 @click.option("--start", type=click.IntRange(0), default=0, show_default=True, help="Index of the first test item.")
 @click.option("--batch-size", type=click.IntRange(1), default=10, show_default=True)
 @click.option("--threads", type=click.IntRange(1), default=None, metavar="N", help="CPU threads [default: cores]")
@@ -31,16 +31,18 @@ def eval_(
 ) -> int:
     """Generate the suite's test items and read the results back with the oracle.
 
-    Prints every measure with its count, the share of a blind guess and a 95 % interval, and writes metrics.json,
-    stories.png (a contact sheet of the first stories) and captions.jsonl into the output folder.
+    Prints every measure with its count, a 95 % interval (frames taken as independent) and the shares of a blind guess
+    and of the most frequent answer; computes on the CPU in float32. Writes metrics.json, stories.png (a contact sheet
+    of the first stories) and captions.jsonl into the output folder.
     """
+    from mmi_engine import versions
     from mmi_engine.model.checkpoint import load_model
     from mmi_engine.model_info import fingerprint, locate
     from mmi_engine.runtime import tune_cpu
     from mmi_engine.toon import measure
 
     terminal = console.current()
-    tune_cpu(threads)
+    tune_cpu(threads or versions.physical_cores())
     loaded = load_model(model)
     out.mkdir(parents=True, exist_ok=True)
     figures, made = measure.measure(
@@ -63,13 +65,15 @@ def eval_(
             stream.write(json.dumps({"id": f"scene-{index}", "caption": text}) + "\n")
     measure.contact_sheet(made["stories"]).save(out / "stories.png")
     rows = [
-        (task, name, f"{f.share:.1%}", f"{f.right}/{f.total}", "{:.1%} … {:.1%}".format(*f.interval()), _chance(f))
+        (task, name, f"{f.share:.1%}", f"{f.right}/{f.total}", "{:.1%} … {:.1%}".format(*f.interval()), *_blind(f))
         for task, table in figures.items()
         for name, f in table.items()
     ]
-    terminal.table(rows, header=("task", "measure", "right", "count", "95 % interval", "chance"))
+    terminal.table(rows, header=("task", "measure", "right", "count", "95 % interval", "chance", "majority"))
     return 0
 
 
-def _chance(figure: Any) -> str:
-    return "" if figure.chance is None else f"{figure.chance:.1%}"
+def _blind(figure: Any) -> tuple[str, str]:
+    """What a uniform guess and the most frequent answer would reach."""
+    shares = (figure.chance, figure.majority)
+    return tuple("" if share is None else f"{share:.1%}" for share in shares)  # type: ignore[return-value]

@@ -11,6 +11,7 @@ import click
 
 from mmi_cli import console
 from mmi_cli.options import SETTINGS, message_options
+from mmi_engine.errors import UsageError
 
 EXAMPLE = """
 \b
@@ -55,6 +56,10 @@ def train(
     if dry_run:
         console.current().out(resolved.to_json().rstrip("\n"))
         return
+    if directory is None and (resume or int(os.environ.get("WORLD_SIZE", "1")) > 1):
+        raise UsageError(
+            "--resume and runs of several processes need --out", remedy="name the run directory: --out DIR"
+        )
     directory = directory or Path("runs") / f"{resolved.recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     if os.environ.get("RANK", "0") != "0":  # under torchrun and accelerate launch one process speaks for all
         console.current().verbosity = -1

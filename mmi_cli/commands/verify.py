@@ -42,7 +42,9 @@ def verify(bundles: tuple[Path, ...], kernel: str, show_all: bool, as_json: bool
                 for row in shown
             ]
             rows.append((report.case, f"{len(report.rows)} tensors", "", "", _verdict(report.passed, "")))
-            documents += [vars(row) for row in report.rows]
+            documents += [
+                {k: None if v == float("inf") or v != v else v for k, v in vars(row).items()} for row in report.rows
+            ]
     if as_json:
         terminal.json({"ok": passed, "tensors": documents})
     else:

@@ -3,7 +3,7 @@
 Place in the flow: ``interleave`` (or a parity check) has run the language model; here the U-Net denoises the pictures
 of several items at once. Both halves of classifier-free guidance see the same image features, only the tokens differ.
 Every item has one random generator: it gives the initial latent and then every step's noise, so an item's picture does
-not depend on its neighbours. Source: architecture section 7; schedulers are diffusers'.
+not depend on its neighbours. Source: docs/model.md; schedulers are diffusers'.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ rounded to 8 bits and encoded like a given one, so a story continues from what i
 
 An item's bytes do not depend on its neighbours: shapes follow from the item alone (its length rounded up, its number of
 images), short batches are filled up with copies, every picture has its own random generator, and all samplers and
-reductions work row by row. Source: architecture section 7.
+reductions work row by row. Source: docs/model.md.
 """
 
 from __future__ import annotations
@@ -153,6 +153,12 @@ class _Maker:
                 f"piece {index} needs a context of {length} tokens, the model holds {room}",
                 remedy="shorten the texts or use fewer images",
             )
+        most = self.config.language.mmfs.max_images - 1 if self.config.language.mmfs is not None else length
+        if len(document.encoded) > most:
+            raise TextTooLongError(
+                f"piece {index} stands behind {len(document.encoded)} images, the model tells {most} apart",
+                remedy="use fewer images",
+            )
         return kind, padded(length), len(document.encoded)
 
     def _encode(self, wanted: list[tuple[_Document, int]]) -> None:
@@ -223,7 +229,10 @@ class _Maker:
         latents = denoise(self.model, request, self.plan)
         if not bool(torch.isfinite(latents).all()):
             raise FloatingPointError("the denoised latents are not finite")
-        for (document, index), picture in zip(part, to_images(self.model, latents), strict=False):
+        pictures = to_images(self.model, latents)
+        if not bool(torch.isfinite(pictures).all()):
+            raise FloatingPointError("the decoded pictures are not finite")
+        for (document, index), picture in zip(part, pictures, strict=False):
             document.pieces[index].value = to_picture(picture)
 
     def _request(self, batch: list[tuple[_Document, int]]) -> ImageRequest:

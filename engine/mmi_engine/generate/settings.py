@@ -1,7 +1,7 @@
 """What a user may choose about generation. Imports nothing heavy: the command line reads it.
 
-Defaults are the released ones for free interleaved text (architecture section 7, recipes: nucleus, repetition penalty
-1.3); steps, guidance and scheduler default to what the model directory states.
+Text is greedy unless asked otherwise; a task brings its own defaults where it has some. Steps, guidance and scheduler
+default to what the model directory states.
 """
 
 from __future__ import annotations

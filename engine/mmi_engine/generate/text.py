@@ -3,8 +3,9 @@
 The prompt runs through the language model once; then one token a step with the KV cache and the projected image
 features of the prompt. A new token sees the images that the prompt's last token saw. Output ids begin with ``<s>`` and
 end at ``</s>`` or ``<BoI>``, as in the released implementation (transformers 4.31 ``generate`` on embeddings), whose
-scores are reproduced: the opening ``<s>`` counts for minimum length, beam length and repetition penalty.
-Source: architecture section 7.
+scores are reproduced: the opening ``<s>`` counts for beam length and repetition penalty. It does not count for our
+minimum length, as it does for the released ``min_length``.
+Source: docs/model.md.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ class Prompt:
 
 @dataclass
 class TextOutput:
-    """Ids per returned row (``<s>`` first, stop id included when one was produced); raw logits of every greedy step."""
+    """Ids per returned row (``<s>`` first, stop id included when one was produced); raw logits ``[B, vocabulary]`` of
+    every step, where they were asked for."""
 
     ids: list[list[int]]
     step_logits: list[Tensor]
@@ -50,7 +52,7 @@ class Decoder:
         positions = (prompt.mask.cumsum(-1) - 1).masked_fill(prompt.mask == 0, 1)
         self.cache = model.language.new_cache()
         hidden = model.language(embeds, prompt.mask, visual, position_ids=positions, cache=self.cache)
-        self.logits = model.text_head(hidden[:, -1]).float()
+        self.logits = _finite(model.text_head(hidden[:, -1]).float())
         self.position = positions[:, -1:]
         self.visual = None
         if visual is not None:
@@ -63,7 +65,8 @@ class Decoder:
     def _select(self, rows: Tensor) -> None:
         self.logits, self.mask, self.position = self.logits[rows], self.mask[rows], self.position[rows]
         if self.visual is not None:
-            values = [v[rows] for v in self.visual.values]
+            seen = self.visual.visible.shape[-1] > 0
+            values = [v[rows] for v in self.visual.values] if seen else self.visual.values
             self.visual = VisualContext(values, self.visual.shapes, self.visual.visible[rows])
 
     def reorder(self, rows: Tensor) -> None:
@@ -81,8 +84,19 @@ class Decoder:
             position_ids=self.position,
             cache=self.cache,
         )
-        self.logits = self.model.text_head(hidden[:, -1]).float()
+        self.logits = _finite(self.model.text_head(hidden[:, -1]).float())
         return self.logits
+
+
+def _finite(logits: Tensor) -> Tensor:
+    """The logits themselves.
+
+    Raises:
+        FloatingPointError: one of them is NaN or infinite.
+    """
+    if not bool(torch.isfinite(logits).all()):
+        raise FloatingPointError("the logits are not finite")
+    return logits
 
 
 @torch.no_grad()
@@ -140,7 +154,7 @@ def _process(scores: Tensor, ids: Tensor, settings: Settings, stops: tuple[int, 
         seen = scores.gather(1, ids)
         seen = torch.where(seen < 0, seen * settings.repetition_penalty, seen / settings.repetition_penalty)
         scores = scores.scatter(1, ids, seen)
-    if ids.shape[1] < settings.min_new_tokens:
+    if ids.shape[1] - 1 < settings.min_new_tokens:
         scores = scores.clone()
         scores[:, list(stops)] = -torch.inf
     return scores
@@ -153,9 +167,10 @@ def _sample(scores: Tensor, settings: Settings, generators: list[torch.Generator
     before = ordered.cumsum(-1) - ordered
     ordered = ordered.masked_fill(before >= settings.top_p, 0.0)  # the most likely token always stays
     drawn = [
-        torch.multinomial(row, 1, generator=generators[i] if generators else None) for i, row in enumerate(ordered)
+        torch.multinomial(row.cpu(), 1, generator=generators[i] if generators else None)
+        for i, row in enumerate(ordered)
     ]
-    return index.gather(1, torch.stack(drawn)).squeeze(1)
+    return index.gather(1, torch.stack(drawn).to(index.device)).squeeze(1)
 
 
 @dataclass

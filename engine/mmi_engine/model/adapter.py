@@ -4,7 +4,7 @@ Place in the flow: ``vision`` feeds the normalised image to :class:`SpatialPrior
 trunk in groups of layers; before each group an :class:`Injector` lets the patch tokens read the pyramid, after it an
 :class:`Extractor` lets the pyramid read the patch tokens, both by ordinary deformable attention.
 Source: Chen et al. 2023, "Vision Transformer Adapter for Dense Predictions", sections 3.2 to 3.4; Zhu et al. 2021,
-"Deformable DETR", Eq. 2; architecture section 2.
+"Deformable DETR", Eq. 2; docs/model.md.
 
 Shapes: token lists ``[N, positions, C]``; "shapes" are the (height, width) of the maps inside a list, finest first.
 Maps ``[N, C, h, w]`` are kept in channels-last memory, so that a map and its token list are two views of one buffer

@@ -39,7 +39,7 @@ class SpecialTokens:
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """CLIP-ViT trunk and ViT-Adapter (architecture: visual tokenizer). Defaults: CLIP ViT-L/14 at 224 px."""
+    """CLIP-ViT trunk and ViT-Adapter (paper section 3.2). Defaults: CLIP ViT-L/14 at 224 px."""
 
     image_size: int = 224
     patch_size: int = 14
@@ -208,6 +208,11 @@ class ModelConfig:
     """``all``: the mean runs over all images (released); ``counted``: over those with a context."""
 
     def __post_init__(self) -> None:
+        decoder = self.image_decoder
+        _require(
+            decoder.mmfs is None or 1 <= decoder.context_images < decoder.mmfs.max_images,
+            "image_decoder.context_images must be at least 1 and below image_decoder.mmfs.max_images",
+        )
         _require(self.image_loss_mean in ("all", "counted"), "image_loss_mean must be 'all' or 'counted'")
         unet_cells = self.image_decoder.unet.get("sample_size")
         _require(

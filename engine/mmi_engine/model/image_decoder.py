@@ -2,7 +2,7 @@
 
 Place in the flow: behind the language model. Hidden states from the document's ``<s>`` to the image's ``<BoI>``,
 nearest first, are projected, get 1-D positions and are resampled to the U-Net's text condition; the U-Net's MMFS looks
-at the image before. Source: paper section 3.2 and Eq. 3; architecture section 5 and 6.
+at the image before. Source: paper section 3.2 and Eq. 3; docs/model.md.
 """
 
 from __future__ import annotations
@@ -124,7 +124,11 @@ class ImageDecoder(nn.Module):
         return DiffusionResult(loss, per_image.detach(), prediction, noisy, latents)
 
     def _snr_weight(self, steps: Tensor) -> Tensor | float:
-        """Min-SNR-γ weight per time step (Hang et al. 2023), 1 when the option is off."""
+        """Min-SNR-γ weight per time step (Hang et al. 2023), 1 when the option is off.
+
+        It vanishes with the SNR. A schedule with zero terminal SNR starts to draw exactly there, where layout and
+        colours are decided, so such a model should leave the option off.
+        """
         gamma = self.config.min_snr_gamma
         if gamma is None:
             return 1.0

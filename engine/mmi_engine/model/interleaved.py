@@ -6,7 +6,7 @@
         ├─ text head → next-token loss
         └─ context of every image → image decoder with MMFS → diffusion loss
 
-Source: paper section 3, Eq. 1 to 4; architecture section 1 and 6. Generation lives in ``mmi_engine.generate``.
+Source: paper section 3, Eq. 1 to 4; docs/model.md. Generation lives in ``mmi_engine.generate``.
 """
 
 from __future__ import annotations

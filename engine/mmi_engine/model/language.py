@@ -4,7 +4,7 @@ A decoder-only model of the transformers library, used as it is; every ``mmfs_ev
 that MMFS runs between its self-attention and its FFN:  h += tanh(gate) · MMFS(RMSNorm(h), RMSNorm(F)).
 The gate starts at 0, so a fresh assembly computes exactly what the unmodified language model computes.
 Any library model whose layers have ``input_layernorm, self_attn, post_attention_layernorm, mlp`` fits (Llama, Mistral,
-Qwen 2 and 3). Source: paper section 3.2; architecture section 3 and 4.
+Qwen 2 and 3). Source: paper section 3.2; docs/model.md.
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ class TextHead(nn.Module):
     """Next-token logits: a frozen linear map over all rows plus a trainable one for the two new rows, summed there.
 
     The frozen part starts with bias −100 on the new rows and the trainable part with +95, so a fresh model hardly ever
-    opens an image; architecture section 4.
+    opens an image; docs/model.md.
     """
 
     def __init__(self, d_model: int, tokens: SpecialTokens) -> None:

@@ -69,7 +69,7 @@ class MMFS(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialisation of the released implementation (architecture section 3)."""
+        """Initialisation of the released implementation (docs/model.md)."""
         for linear in (self.query_proj, self.value_proj, self.output_proj):
             nn.init.xavier_uniform_(linear.weight)
             nn.init.zeros_(linear.bias)
@@ -142,6 +142,9 @@ class MMFS(nn.Module):
 
     def _locations(self, reference: Tensor, offsets: Tensor, shapes: Shapes) -> Tensor:
         """Sampling locations ``[B, Q, H, M·L, P, 2]`` as (x, y) in [0, 1]."""
+        # In 16 bits a location would be off by up to half a cell of the finest map.
+        precise = torch.promote_types(offsets.dtype, torch.float32)
+        offsets, reference = offsets.to(precise), reference.to(precise)
         batch, n_query, n_images, heads, points, _ = offsets.shape
         scale = []
         for side, (height, width) in zip(self.config.levels, shapes, strict=True):

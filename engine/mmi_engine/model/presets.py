@@ -20,7 +20,7 @@ from mmi_engine.model.config import (
 
 
 def toon_config(vae: VAEConfig, vocabulary: int) -> ModelConfig:
-    """The embedded model: 128 px pictures, a 16 × 16 latent, about 13 M parameters.
+    """The embedded model: 128 px pictures, a 16 × 16 latent, about 14 M parameters.
 
     Args:
         vae: of the trained codec.
@@ -102,7 +102,6 @@ def toon_config(vae: VAEConfig, vocabulary: int) -> ModelConfig:
                 "clip_sample": False,
             },
             mmfs=MMFSConfig(**mmfs, levels=(32, 16, 8, 4), max_images=10, offset_init=1.0),
-            min_snr_gamma=5.0,
         ),
         generation=GenerationDefaults(steps=20, guidance=2.0, scheduler="ddim", fast_steps=10, fast_guidance=2.0),
     )

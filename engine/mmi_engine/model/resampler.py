@@ -4,7 +4,7 @@ Used twice: after the visual trunk (patch features → the visual tokens that th
 attention in every second layer) and in front of the U-Net (hidden states of an image's context → its 77 condition
 tokens; one layer, no q/k norm). The transformer is BLIP-2's Q-Former (Li et al. 2023, section 3.1) from the
 transformers library; what is added here are the queries and, for the visual resampler, a LayerNorm over the head
-dimension of queries and keys, shared by the heads of a layer. Source: architecture sections 2 and 5.
+dimension of queries and keys, shared by the heads of a layer. Source: docs/model.md.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Place in the flow: first stop of an image inside ``vision``. No final norm and no pooling: the layers' raw output goes
 on. Patch embedding and layers are those of the transformers library, and any of its plain vision transformers will do
 (:func:`take_apart`); the released model's is CLIP ViT-L/14. Source: Dosovitskiy et al. 2021; Radford et al. 2021 (CLIP,
-with its norm before the first layer); architecture sections 2 and 10.
+with its norm before the first layer); docs/model.md.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ MMFS runs on all skip features and on the middle block's output, after the middl
 ControlNet adds its residuals:  x += zero_conv(MMFS(LayerNorm(x) + positions, LayerNorm(F))).
 The U-Net itself is diffusers' ``UNet2DConditionModel`` (SD 1.5, SD 2.1, miniSD … shapes); its blocks are called one by
 one because the skips must be read and changed between its down and its up path.
-Source: architecture section 3 and 9 (the paper puts MMFS after each up block; the released model does this).
+Source: docs/model.md (the paper puts MMFS after each up block; the released model does this).
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class MMFSBlock(nn.Module):
             positions = resize_grid(self.positions, (height, width))
             reference = cell_centres(height, width).to(x)
         query = self.query_norm(x.flatten(2).transpose(1, 2)) + positions.to(x.dtype)
-        synced = self.mmfs(query, reference[None].to(x.dtype), values, shapes, visible)
+        synced = self.mmfs(query, reference[None].float(), values, shapes, visible)
         return self.zero_conv(synced.transpose(1, 2).unflatten(2, (height, width)))
 
     def term(self, x: Tensor, vision: ImageVision, order: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 A diffusers ``AutoencoderKL`` used as it is. The embedded model puts a pixel-unshuffle of 2 in front of it (and its
 inverse behind), which moves the costly full-resolution convolutions to a quarter of the positions; the released model
-has patch 1, i.e. no rearrangement. Source: architecture section 5; latent diffusion (Rombach et al. 2022).
+has patch 1, i.e. no rearrangement. Source: docs/model.md; latent diffusion (Rombach et al. 2022).
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
         LayerNorm, + positions, LayerNorm ─ Q-Former ─ Linear ─ tokens [N, queries, d]
 
 The trunk's class token (if it has one) is read by the Q-Former like a patch and has a zero position. The four feature
-maps have 4, 2, 1 and ½ times the patch grid's sides. Source: paper section 3.2; architecture section 2.
+maps have 4, 2, 1 and ½ times the patch grid's sides. Source: paper section 3.2; docs/model.md.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
 
 Runs over accelerate, hence unchanged on one process, under ``accelerate launch`` or ``torchrun``. Every random draw of
 micro-batch ``i`` comes from a generator seeded with (recipe seed, ``i``), and the learning rate is a function of the
-step; a resumed run therefore repeats an undisturbed one bit for bit. Source: paper Tables 11 to 15, architecture 6.
+step; a resumed run therefore repeats an undisturbed one bit for bit. Source: paper Tables 11 to 15, docs/model.md.
 """
 
 from __future__ import annotations

@@ -217,7 +217,7 @@ def check_generate_texts(bundle: Bundle, name: str, report: CaseReport, tensors:
         settings = Settings(
             beams=options["num_beams"],
             max_new_tokens=options["max_length"],
-            min_new_tokens=options["min_length"],
+            min_new_tokens=max(0, options["min_length"] - 1),  # the released length counts <s>
             repetition_penalty=options.get("repetition_penalty", 1.0),
             length_penalty=options.get("length_penalty", 1.0),
         )
@@ -229,7 +229,8 @@ def check_generate_texts(bundle: Bundle, name: str, report: CaseReport, tensors:
         rows = made.ids
         if settings.beams > 1:
             rows = [[*ids[:-1], tokens.eos] if ids[-1] == tokens.boi else ids for ids in rows]
-        filled = [ids + [tokens.pad] * (golden.shape[1] - len(ids)) for ids in rows]
+        width = max(golden.shape[1], *map(len, rows))
+        filled = [ids + [tokens.pad] * (width - len(ids)) for ids in rows]
         report.check(f"{run}.text_ids", torch.tensor(filled), golden)
         if logits in tensors:
             report.check(logits, torch.stack(made.step_logits, dim=1), tensors.golden(logits))
