@@ -49,7 +49,7 @@ def make_task(folder: Path, pictures: Cache) -> InterleavedTask:
 
 
 def test_everything_is_trained_but_the_codec(task: InterleavedTask) -> None:
-    loss, _ = task.module(task.batch(0))
+    loss, _ = task.module(task.to_device(task.batch(0), "cpu"))
     loss.backward()
     frozen = {n for n, p in task.model.named_parameters() if not p.requires_grad}
     assert {n for n in frozen if not n.endswith("ignore_token")} == {
@@ -61,7 +61,7 @@ def test_everything_is_trained_but_the_codec(task: InterleavedTask) -> None:
 
 
 def test_counted_pictures_are_those_to_be_drawn(task: InterleavedTask) -> None:
-    batch = task.batch(0)
+    batch = task.to_device(task.batch(0), "cpu")
     drawn = int(sum({"story": 5, "t2i": 1, "seg2img": 1}.get(name.split(":")[0], 0) for name in batch.names))
     assert drawn > 0 and task.size(batch) == 2 * drawn
     assert len(task.ids(batch)) == len(batch.names)
@@ -69,7 +69,7 @@ def test_counted_pictures_are_those_to_be_drawn(task: InterleavedTask) -> None:
 
 def test_losses_add_up(task: InterleavedTask) -> None:
     torch.manual_seed(0)
-    loss, parts = task.module(task.batch(1))
+    loss, parts = task.module(task.to_device(task.batch(1), "cpu"))
     config = task.model.config
     expected = config.loss_text_weight * parts["text"] + config.loss_image_weight * parts["image"]
     assert float(loss.detach()) == pytest.approx(float(expected), rel=1e-5)

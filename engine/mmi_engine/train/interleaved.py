@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from PIL import Image
 from torch import Tensor, nn
 
@@ -68,6 +69,7 @@ class InterleavedTask:
         self.module: nn.Module = InterleavedObjective(self.model, recipe.loss.noise_repeats)
         for parameter in self.model.codec.parameters():
             parameter.requires_grad_(False)
+        self.model.to(PartialState().device)  # encoding what is missing may as well be fast
         key = codec_key(self.model.codec)
         encoder = posterior_moments(self.model.codec)
         self.train, self.val = (self._mixture(cache, cache.encode(key, encoder, progress)) for cache in (train, val))
@@ -91,7 +93,7 @@ class InterleavedTask:
 
     def to_device(self, batch: Batch, device: Any) -> Batch:
         """The batch on ``device``."""
-        return Batch(batch.inputs.to(device), batch.names)
+        return batch.to(device)
 
     def ids(self, batch: Batch) -> list[str]:
         """``task:story.frame`` of every document."""

@@ -34,6 +34,8 @@ class DataConfig:
     """Stories (five pictures each) of the training split to draw."""
     workers: int = 2
     """Processes that draw missing pictures."""
+    loaders: int = 0
+    """Processes that build batches, per training process; 0 builds them in a thread. Never changes a result."""
     codec: str = ""
     """Directory of a trained codec (``interleaved`` only): its latents are the image targets."""
     crop: int = 0
@@ -46,6 +48,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         _require(self.source in ("toon",), "data.source must be 'toon'")
         _require(self.stories > 0 and self.workers > 0, "data.stories and data.workers must be positive")
+        _require(self.loaders >= 0, "data.loaders must not be negative")
         _require(self.row_tokens > 0, "data.row_tokens must be positive")
         _require(all(weight >= 0 for weight in self.mixture.values()), "data.mixture weights must not be negative")
 
