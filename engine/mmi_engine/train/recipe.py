@@ -68,7 +68,7 @@ class LossConfig:
     """L1 on horizontal and vertical differences of neighbouring pixels (``vae``)."""
     kl: float = 1e-6
     latent_noise: float = 0.0
-    """Standard deviation of noise on scaled latents (``vae``): the decoder learns to undo small errors of sampling."""
+    """Noise on latents relative to their spread (``vae``): the decoder learns to undo small errors of sampling."""
     text: float = 1.0
     """L_NTP, next-token prediction (``interleaved``)."""
     image: float = 10.0

@@ -44,7 +44,8 @@ class CodecObjective(nn.Module):
         posterior = self.codec.posterior(pictures)
         latents = posterior.mean + posterior.std * torch.randn_like(posterior.mean)
         if self.weights.latent_noise:
-            latents = latents + self.weights.latent_noise / self.codec.scaling_factor * torch.randn_like(latents)
+            spread = posterior.mean.detach().std()
+            latents = latents + self.weights.latent_noise * spread * torch.randn_like(latents)
         rebuilt, target = self.codec.reconstruct(latents).float(), pictures * 2 - 1
         parts = {
             "l1": F.l1_loss(rebuilt, target),
