@@ -10,10 +10,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
-from mmi_kernels import deform_attention, deform_sample, mmfs_attention
+from mmi_kernels import cuda_op, deform_attention, deform_sample, mmfs_attention
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,21 @@ def evaluate(function: Callable[[dict[str, Tensor]], Tensor], given: dict[str, T
     out = function({**given, **leaves})
     gradients = torch.autograd.grad(out, list(leaves.values()), given["pull"])
     return {"out": out.detach(), **{f"grad {name}": g for name, g in zip(leaves, gradients, strict=True)}}
+
+
+def operands(case: KernelCase, given: dict[str, Tensor]) -> tuple[Any, ...]:
+    """What the operator `mmi::sample` is called with when the backend is "cuda"; leaves require gradients."""
+    seen: list[tuple[Any, ...]] = []
+
+    def remember(*arguments: Any) -> tuple[Tensor]:
+        seen.append(arguments)
+        return (arguments[0],)
+
+    leaves = {name: given[name].requires_grad_() for name in LEAVES if name in given}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cuda_op, "_operator", remember)
+        run(case, {**given, **leaves}, "cuda")
+    return tuple(t.detach().requires_grad_(t.requires_grad) if isinstance(t, Tensor) else t for t in seen[0])
 
 
 def precise(given: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -72,7 +72,7 @@ def sample(
     table_offsets, table_logits = (None, None) if tables is None else (table.to(query) for table in tables)
     if visible is not None and visible.is_floating_point():
         visible = visible.bool()
-    return torch.ops.mmi.sample(
+    return _operator(
         value,
         offsets.to(query),
         logits.to(query),
@@ -86,6 +86,10 @@ def sample(
         [factor for pair in scales for factor in pair],
         mode,
     )[0]
+
+
+def _operator(*operands: Any) -> tuple[Tensor, Tensor]:
+    return torch.ops.mmi.sample.default(*operands)
 
 
 def _pairs(flat: Sequence[Any]) -> tuple[tuple[Any, Any], ...]:

@@ -68,7 +68,7 @@ def _tell(reason: str) -> None:
 
 
 def backends() -> dict[str, BackendState]:
-    """What each backend can do here: name → (available, reason). Imports numba never, cupy only beside a CUDA device."""
+    """What each backend can do here: name → (available, reason). Imports numba never, cupy where there is CUDA only."""
     numba = (
         BackendState(True, "CPU tensors in float32 and 16-bit types")
         if _numba_present()

@@ -1,7 +1,7 @@
-"""The CUDA source on the CPU: compiled by the host's C++ compiler against `emulator.cpp`, one library per specialisation.
+"""The CUDA source on the CPU: compiled by the host's C++ compiler with `emulator.cpp`, one library per specialisation.
 
-`launch` has the signature of `mmi_kernels.cuda_build.launch`. `install` serves the operators for CPU tensors with it, so
-that tests run the whole way from torch to the kernel: argument order, grids, strides, gradients, tracing.
+`launch` has the signature of `mmi_kernels.cuda_build.launch`. `install` serves the operators for CPU tensors with it,
+so that tests run the whole way from torch to the kernel: argument order, grids, strides, gradients, tracing.
 """
 
 from __future__ import annotations
