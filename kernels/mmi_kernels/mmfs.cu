@@ -188,25 +188,24 @@ __device__ __forceinline__ Place find_place(i64 queries, i64 heads, i64 images, 
   at.lane = threadIdx.x % MMI_G;
   at.sub = group % (int)split;
   at.slot = group / (int)split;
-  i64 tiles, tile;
-  if (query_width > 0) {  // tiles of 8 queries side by side
-    int tall = slots / 8;
-    i64 rows_of_queries = queries / query_width, across = (query_width + 7) / 8;
+  unsigned tiles, tile, n_queries = (unsigned)queries, width = (unsigned)query_width;  // 64-bit division is slow
+  if (width > 0) {  // tiles of 8 queries side by side
+    unsigned tall = slots / 8, rows_of_queries = n_queries / width, across = (width + 7) / 8;
     tiles = across * ((rows_of_queries + tall - 1) / tall);
     tile = blockIdx.x % tiles;
-    i64 x = tile % across * 8 + at.slot % 8, y = tile / across * tall + at.slot / 8;
-    at.live = x < query_width && y < rows_of_queries;
-    at.q = y * query_width + x;
+    unsigned x = tile % across * 8 + at.slot % 8, y = tile / across * tall + at.slot / 8;
+    at.live = x < width && y < rows_of_queries;
+    at.q = y * width + x;
   } else {
-    tiles = (queries + slots - 1) / slots;
+    tiles = (n_queries + slots - 1) / slots;
     tile = blockIdx.x % tiles;
     at.q = tile * slots + at.slot;
     at.live = at.q < queries;
   }
   if (!at.live) at.q = 0;
-  i64 rest = blockIdx.x / tiles;
-  at.h = (int)(rest % heads);
-  at.b = rest / heads;
+  unsigned rest = blockIdx.x / tiles;
+  at.h = (int)(rest % (unsigned)heads);
+  at.b = rest / (unsigned)heads;
   at.row = rows ? __ldg(rows + at.b) : at.b;
   at.at = at.b * queries + at.q;
   at.mask = images >= 64 ? ~0ull : (1ull << images) - 1;

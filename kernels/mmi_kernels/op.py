@@ -32,6 +32,7 @@ from mmi_kernels.reference import deform_sample_reference
 BACKENDS = ("auto", "torch", "numba", "cuda")
 
 _LOG = logging.getLogger(__name__)
+_told: set[str] = set()
 _NUMBA_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _NUMBA_POSITIONS = 2**24  # it holds positions in float32, which counts exactly up to here
 _NUMBA_MISSING = "numba is not installed"
@@ -61,10 +62,12 @@ def _cuda_state(index: int | None) -> tuple[bool, str, str]:
     return cuda_build.state(index)
 
 
-@cache
+@torch.compiler.assume_constant_result
 def _tell(reason: str) -> None:
     """Log once per reason that "auto" leaves a CUDA device to torch."""
-    _LOG.warning("deformable sampling on CUDA runs in torch, not in the kernel: %s", reason)
+    if reason not in _told:
+        _told.add(reason)
+        _LOG.warning("deformable sampling on CUDA runs in torch, not in the kernel: %s", reason)
 
 
 def backends() -> dict[str, BackendState]:
@@ -101,7 +104,7 @@ def resolve(backend: str = "auto", device: torch.device | str = "cpu", dtype: to
         name = {"cpu": "numba", "cuda": "cuda"}.get(device.type, "torch")
         refusal = _refusal(name, device, dtype)
         if refusal and name == "cuda" and dtype in cuda_build.KINDS:
-            _tell(refusal[0])
+            _tell(refusal[0].lstrip(": "))
         return "torch" if refusal else name
     refusal = _refusal(backend, device, dtype)
     if refusal:

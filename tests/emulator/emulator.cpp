@@ -27,7 +27,7 @@
 struct alignas(16) uint4 { unsigned x, y, z, w; };
 struct alignas(8) uint2 { unsigned x, y; };
 struct alignas(16) int4 { int x, y, z, w; };
-struct Index { int x; };
+struct Index { unsigned x; };
 static inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 static inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 
@@ -207,7 +207,7 @@ extern "C" const char* emulate(long long blocks, const long long* arguments, lon
   emulator::failure = nullptr;
   emulator::body = [] { emulator::call(MMI_ENTRY, given); };
   for (long long block = 0; block < blocks && !emulator::failure; ++block) {
-    blockIdx.x = static_cast<int>(block);
+    blockIdx.x = static_cast<unsigned>(block);
     emulator::run_block();
   }
   return emulator::failure;
