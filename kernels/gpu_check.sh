@@ -11,6 +11,7 @@ shift
 parts=${*:-tests sanitize bench}
 python=${PYTHON:-python3}
 cd "$(dirname "$0")/.." || exit 1
+export CUPY_CACHE_DIR=${CUPY_CACHE_DIR:-${TMPDIR:-/tmp}/mmi-cupy-cache} # shared by all processes below
 export PYTHONPATH=.:engine:kernels${PYTHONPATH:+:$PYTHONPATH} PYTHONDONTWRITEBYTECODE=1
 summary=$out/summary.txt
 : >"$summary"
@@ -35,25 +36,42 @@ tests() {
   grep -E "^(FAILED|ERROR)|passed|failed|error" "$out/tests.log" | tail -20 | tee -a "$summary"
 }
 
+# One tool over our kernels alone, or over all where this version cannot choose.
+sanitize_with() {
+  local tool=$1 options="--report-api-errors no --error-exitcode 3"
+  # shellcheck disable=SC2086
+  run "$tool" 50 compute-sanitizer --tool "$tool" $options --kernel-name kernel_substring=mmi_ \
+    "$python" kernels/gpu_small.py
+  # shellcheck disable=SC2086
+  grep -q SUMMARY "$out/$tool.log" || run "$tool" 50 compute-sanitizer --tool "$tool" $options \
+    "$python" kernels/gpu_small.py
+  say "$tool: $(grep -E 'SUMMARY|[Ee]rror:' "$out/$tool.log" | tail -1)"
+}
+
 sanitize() {
-  local only="" tool
-  compute-sanitizer --help 2>/dev/null | grep -q -- '--kernel-name ' && only="--kernel-name kernel_substring=mmi_"
   export PYTORCH_NO_CUDA_MEMORY_CACHING=1
-  for tool in memcheck racecheck; do
-    # shellcheck disable=SC2086
-    run "$tool" 45 compute-sanitizer --tool $tool $only --error-exitcode 3 "$python" kernels/gpu_small.py &
-  done
+  sanitize_with memcheck &
+  sanitize_with racecheck &
   wait
   unset PYTORCH_NO_CUDA_MEMORY_CACHING
-  for tool in memcheck racecheck; do say "$tool: $(grep -E 'SUMMARY|Error|rror:' "$out/$tool.log" | tail -1)"; done
 }
 
 bench() {
-  local seconds=${BENCH_SECONDS:-50}
-  run bench $((seconds + 40)) "$python" kernels/gpu_bench.py "$out" --seconds "$seconds" --peers "${PEERS:-.peers}"
+  local seconds=${BENCH_SECONDS:-40}
+  run bench $((seconds + 30)) "$python" kernels/gpu_bench.py "$out" --seconds "$seconds" --peers "${PEERS:-.peers}"
   tail -c 6000 "$out/bench.log"
 }
 
-for part in $parts; do "$part"; done
+# The tests and the sanitizer side by side, and the benchmark's kernels compiled meanwhile; the benchmark alone.
+case " $parts " in *" bench "*)
+  case " $parts " in *" tests "* | *" sanitize "*)
+    "$python" kernels/gpu_bench.py "$out" --compile-only >"$out/compile.log" 2>&1 &
+    ;;
+  esac
+  ;;
+esac
+for part in $parts; do [ "$part" = bench ] || "$part" & done
+wait
+case " $parts " in *" bench "*) bench ;; esac
 echo "== summary"
 cat "$summary"

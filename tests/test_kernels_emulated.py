@@ -1,4 +1,4 @@
-"""The CUDA source on the CPU, from torch down to the kernel, against the float64 reference; see tests/emulator."""
+"""The CUDA source on the CPU, from torch down to the kernel, against the float64 reference; see tests/emulator.py."""
 
 from __future__ import annotations
 

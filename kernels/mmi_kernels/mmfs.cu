@@ -1,7 +1,7 @@
 // Deformable sampling of MMFS on CUDA devices: forward and backward, compiled at run time for one specialisation.
 //
 // Place in the flow: cuda_op.py launches these two kernels; cuda_build.py compiles this file with the macros below and
-// tests/emulator compiles it for the host. It includes nothing, so no CUDA headers are needed to compile it.
+// tests/emulator.py compiles it for the host. It includes nothing, so no CUDA headers are needed to compile it.
 //
 //   out[b, q, h, :] = sum over images m, levels l, points p of  a * bilinear(value[row(b), m, l, :, h, :], x, y)  (+ a_0 t)
 //

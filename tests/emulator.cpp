@@ -1,6 +1,6 @@
 // Runs kernels/mmi_kernels/mmfs.cu on the host: one fibre per thread of a block, which meet at shuffles and barriers.
 //
-// Place in the flow: tests/emulator/__init__.py compiles this file together with the CUDA source, for one
+// Place in the flow: tests/emulator.py compiles this file together with the CUDA source, for one
 // specialisation, into a shared library with the one entry `emulate`. Blocks run one after the other, so races between
 // blocks cannot be seen; a shuffle or barrier that some thread of the warp or block never reaches is an error, and so is
 // an access that is not aligned to its size.
