@@ -1,6 +1,6 @@
 """The CUDA source compiles for real devices, without one: every specialisation by NVRTC, spills by ptxas.
 
-NVRTC is that of the wheel nvidia-cuda-nvrtc, called through ctypes with CuPy's options; nvcc serves where there is none.
+NVRTC is that of the wheel nvidia-cuda-nvrtc, called through ctypes with CuPy's options; nvcc serves without it.
 """
 
 from __future__ import annotations
