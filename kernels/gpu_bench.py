@@ -213,8 +213,8 @@ def main() -> int:
     triton = {"msda-triton": samplers.pop("msda-triton")} if "msda-triton" in samplers else {}
     rounds: list[tuple[tuple[Case, ...], tuple[torch.dtype, ...], tuple[str, ...], dict, tuple[str, ...]]] = [
         (FIRST, (BF16, FP32), ("op", "attention"), samplers, ()),
-        (FIRST[:3], (FP32,), ("op",), triton, ()),
         (THEN, (BF16, FP32), ("op",), samplers, ()),
+        (FIRST[:3], (FP32,), ("op",), triton, ()),
         (FIRST[:1], (BF16,), ("op",), {}, COMPILED),
         (FIRST, (FP16,), ("op",), samplers, ()),
     ]

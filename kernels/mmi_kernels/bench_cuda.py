@@ -37,7 +37,7 @@ Sampler = Callable[[Tensor, tuple[tuple[int, int], ...], Tensor, Tensor], Tensor
 
 FLOOR = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}
 _COLD = 256 * 2**20  # bytes written between two calls: five times the largest L2 cache
-_SECONDS = 0.05  # device time per figure
+_SECONDS = 0.025  # device time per figure
 
 
 @dataclass(frozen=True)
