@@ -65,7 +65,7 @@ bench() {
 # The tests and the sanitizer side by side, and the benchmark's kernels compiled meanwhile; the benchmark alone.
 case " $parts " in *" bench "*)
   case " $parts " in *" tests "* | *" sanitize "*)
-    "$python" kernels/gpu_bench.py "$out" --compile-only >"$out/compile.log" 2>&1 &
+    timeout 60 "$python" kernels/gpu_bench.py "$out" --compile-only >"$out/compile.log" 2>&1 &
     ;;
   esac
   ;;
