@@ -77,7 +77,15 @@ class MMFS(nn.Module):
         """What a query gets that sees no image: W_o t, ``[d_out]``."""
         return self.output_proj(self.ignore_token.flatten())
 
-    def forward(self, query: Tensor, reference: Tensor, values: Tensor, shapes: Shapes, visible: Tensor) -> Tensor:
+    def forward(
+        self,
+        query: Tensor,
+        reference: Tensor,
+        values: Tensor,
+        shapes: Shapes,
+        visible: Tensor,
+        rows: Tensor | None = None,
+    ) -> Tensor:
         """Attend.
 
         Args:
@@ -87,6 +95,7 @@ class MMFS(nn.Module):
             shapes: (height, width) of the L real feature maps of one image.
             visible: ``[B, M]`` for all queries alike or ``[B, Q', M]``; with Q' ≠ Q its last row holds for every query
                 (while decoding, a new token sees what the last prompt token saw).
+            rows: ``[B]`` which row of ``values`` each sequence looks at; default its own.
 
         Returns:
             ``[B, Q, d_out]``. A query that sees no image yields W_o t.
@@ -116,6 +125,7 @@ class MMFS(nn.Module):
             self._scales(shapes),
             visible,
             self.ignore_token,
+            rows=rows,
             backend=self.backend,
         )
         return self.output_proj(sampled)
