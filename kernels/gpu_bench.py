@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from mmi_engine import kernel_bench
 from mmi_kernels import bench_cuda, cuda_build
 from mmi_kernels.bench import Case, machine
 from mmi_kernels.bench_cuda import Figure, Trouble
@@ -92,100 +93,6 @@ def compile_ahead(cases: tuple[Case, ...], dtypes: tuple[torch.dtype, ...]) -> f
     return time.monotonic() - start
 
 
-def modules(seconds: float) -> list[dict[str, Any]]:
-    """The engine's MMFS module, queries in and output out, with cached values: kernel and torch, wall time included."""
-    from mmi_engine.model.config import MMFSConfig
-    from mmi_engine.model.mmfs import MMFS as Module
-
-    until, found = time.monotonic() + seconds, []
-    llm, decoder = (32, 16, 8), (64, 32, 16, 8)
-    for name, width, queries, images, levels, base in (
-        ("LLM decode", 5120, 1, 4, llm, 16),
-        ("LLM prefill 2048", 5120, 2048, 1, llm, 16),
-        ("U-Net 64²", 320, 4096, 1, decoder, 64),
-        ("U-Net 8²", 1280, 64, 1, decoder, 8),
-    ):
-        config = MMFSConfig(heads=16, points=8, width=1024, levels=levels, max_images=50, offset_init=3.0)
-        module = Module(config, d_query=width, d_value=1024, d_out=width, base=base).cuda().to(BF16)
-        shapes = [(side, side) for side in levels]
-        cells = sum(h * w for h, w in shapes)
-        query = torch.randn(1, queries, width, device="cuda", dtype=BF16)
-        values = module.project_values(torch.randn(1, images, cells, 1024, device="cuda", dtype=BF16)).detach()
-        reference = torch.rand(1, queries, 2, device="cuda")
-        visible = torch.ones(1, images, dtype=torch.long, device="cuda")
-
-        def call(query: torch.Tensor, values: torch.Tensor, module: Any = module, rest: Any = None) -> torch.Tensor:
-            return module(query, rest[0], values, rest[1], rest[2])
-
-        for backend in ("cuda", "torch"):
-            if time.monotonic() > until:
-                return found
-            module.backend = backend
-            rest = (reference, shapes, visible)
-            leaves = [query.requires_grad_(), values.requires_grad_()]
-            pull = torch.randn(1, queries, width, device="cuda", dtype=BF16)
-            for step in ("forward", "training")[: 1 + (queries > 1)]:
-                measured = bench_cuda.measure(lambda q, v, r=rest: call(q, v, rest=r), leaves, pull, step, "cuda")
-                found.append({"module": name, "backend": backend, "step": step, **measured})
-                if step == "forward":
-                    with torch.no_grad():
-                        found[-1] |= bench_cuda.launches(lambda r=rest, q=query, v=values: call(q, v, rest=r))
-    return found
-
-
-def table(figures: list[Figure], troubles: list[Trouble]) -> str:
-    """Text: one line per figure, with the speed relative to the fastest peer of its case."""
-    lines = [
-        f"{'case':<28} {'dtype':<9}{'level':<10}{'step':<9}{'implementation':<17}{'ms':>9}{'±':>6}{'wall':>9}"
-        f"{'MiB':>8}{'share':>7}{'error':>9}  mmi is"
-    ]
-    for figure in figures:
-        same = [
-            f
-            for f in figures
-            if (f.case, f.dtype, f.level, f.step) == (figure.case, figure.dtype, figure.level, figure.step)
-        ]
-        mine = next((f.median_ms for f in same if f.name == "mmi"), None)
-        ratio = f"{figure.median_ms / mine:.2f}×" if mine and figure.name != "mmi" else ""
-        lines.append(
-            f"{figure.case:<28} {figure.dtype:<9}{figure.level:<10}{figure.step:<9}{figure.name:<17}"
-            f"{figure.median_ms:>9.3f}{figure.spread:>6.0%}{figure.wall_ms:>9.3f}{figure.peak_mib:>8.0f}"
-            f"{figure.bandwidth_share:>7.0%}{figure.error:>9.0e}  {ratio}"
-        )
-    lines += [f"{t.case:<28} {t.dtype:<9}{t.level:<10}{'':<9}{t.name:<17} {t.reason[:150]}" for t in troubles]
-    return "\n".join(lines) + "\n"
-
-
-def plot(figures: list[Figure], path: Path) -> None:
-    """Speed of the kernel relative to every other implementation, op level, bars per case."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    chosen = [f for f in figures if f.level == "op" and f.dtype == "bfloat16"]
-    cases = list(dict.fromkeys((f.case, f.step) for f in chosen))
-    names = [name for name in dict.fromkeys(f.name for f in chosen) if name != "mmi"]
-    if not cases:
-        return
-    figure, axes = pyplot.subplots(figsize=(11, 0.34 * len(cases) * max(1, len(names)) / 2 + 2))
-    for i, name in enumerate(names):
-        for j, (case, step) in enumerate(cases):
-            times = {f.name: f.median_ms for f in chosen if (f.case, f.step) == (case, step)}
-            if name in times and "mmi" in times:
-                label = name if j == 0 else None
-                axes.barh(
-                    j + i * 0.8 / len(names), times[name] / times["mmi"], 0.8 / len(names), color=f"C{i}", label=label
-                )
-    axes.set_yticks(range(len(cases)), [f"{case}, {step}" for case, step in cases])
-    axes.set_xscale("log")
-    axes.axvline(1, color="black", linewidth=1)
-    axes.set_xlabel("time relative to the kernel (bf16, op level; above 1 the kernel is faster)")
-    axes.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-
-
 def driver() -> str:
     """Version of the NVIDIA driver."""
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
@@ -240,16 +147,18 @@ def main() -> int:
         save()
         if i == 0 and time.monotonic() < until:
             try:
-                result["modules"] = modules(10.0)
+                result["modules"] = list(kernel_bench.modules("cuda", 10.0))
             except Exception as error:  # the rest is worth having all the same
-                result["modules"] = [{"error": repr(error)}]
+                result["module_error"] = repr(error)
             save()
-    figures = [row for row in found if isinstance(row, Figure)]
-    text = table(figures, [row for row in found if isinstance(row, Trouble)])
-    text += "\n".join(json.dumps(row) for row in result["modules"]) + "\n"
-    (options.out / "bench.txt").write_text(text, encoding="utf-8")
-    sys.stdout.write(text)
-    plot(figures, options.out / "bench.png")
+    figures = [*result["figures"], *result["modules"]]
+    text = kernel_bench.markdown(figures)
+    text += "\n".join(
+        f"{t['case']}, {t['dtype']}, {t['level']}, {t['name']}: {t['reason']}" for t in result["troubles"]
+    )
+    (options.out / "bench.md").write_text(text + "\n", encoding="utf-8")
+    sys.stdout.write(text + "\n")
+    kernel_bench.plot(figures, options.out / "bench.png")
     return 0
 
 

@@ -10,7 +10,7 @@ import torch
 from kernel_cases import CASES, KernelCase, assert_as_good_as_torch, draw, evaluate, operands, run
 from torch import Tensor
 
-from mmi_kernels import fused, op
+from mmi_kernels import bench, bench_cuda, fused, op
 
 pytestmark = pytest.mark.skipif(emulator.COMPILER is None, reason="needs a C++ compiler")
 
@@ -178,3 +178,19 @@ def test_empty(cut: str) -> None:
         given |= {name: given[name][:0] for name in ("value", "offsets", "logits", "pull")}
     found = emulate(case, given)
     assert found["out"].numel() == 0 and not found["grad value"].any()
+
+
+def test_a_location_on_a_cell_centre_has_two_derivatives_and_the_benchmark_compares_neither() -> None:
+    """bf16 locations fall on cell centres often: at −1 grid_sample takes the derivative inside, the kernel outside."""
+    case = bench.Case("kinks", 1, (8, 4), 1, 2, 16, 64, 4)
+    leaves = bench_cuda.draw(case, "op", torch.bfloat16, "cpu")
+    pull = torch.randn(1, 64, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
+    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    truth = bench_cuda._results(bench_cuda.op_by(bench_cuda.torchs, case), exact, pull.double(), True)[2]
+    found = bench_cuda._results(bench_cuda.op_by(bench_cuda.ours, case), leaves, pull, True)[2].double()
+    settled = bench_cuda._settled(exact[1].detach(), case.spatial_shapes)
+    wrong = (found - truth).abs() > 0.02 * truth.abs().max()
+    assert wrong.any() and not (wrong & settled).any()
+    cells = exact[1].detach() * torch.tensor([8.0, 4.0])[:, None, None] - 0.5
+    assert (cells[wrong] == -1).all()
+    assert 0.9 < settled.double().mean() < 1

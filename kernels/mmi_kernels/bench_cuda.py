@@ -13,7 +13,11 @@ back to back (launches and Python included), memory at the peak beyond the input
 bandwidth that moving every input and output once would take.
 
 Verify first: an output or gradient may be at most twice as far from float64 as torch's is in the same dtype, plus a
-floor for rounding; a result that is not is reported as an error and not timed.
+floor for rounding; a result that is not is reported as an error and not timed. At op level, coordinates of locations
+that lie exactly on a cell's centre have no derivative, only one from each side, and implementations choose differently
+(at -1, where a sample enters the map, `grid_sample` takes the side inside, others the side outside): `_settled` leaves
+those components of the locations' gradient out, and nothing else. In bf16 they are frequent, up to a quarter on a map
+of 64 cells; in float32 rare.
 """
 
 from __future__ import annotations
@@ -164,10 +168,16 @@ def _case(
     where = (case.name, str(dtype).removeprefix("torch."), level)
     exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
     truth = _results(calls["torch"], exact, pull.double(), case.training)
+    if level == "op" and case.training:
+        settled = _settled(exact[1].detach(), case.spatial_shapes)
+        truth[2] = truth[2] * settled
     allowed: list[float] = []
     for name, call in calls.items():
         try:
-            errors = [_error(a, b) for a, b in zip(_results(call, leaves, pull, case.training), truth, strict=True)]
+            results = _results(call, leaves, pull, case.training)
+            if level == "op" and case.training:
+                results[2] = results[2] * settled
+            errors = [_error(a, b) for a, b in zip(results, truth, strict=True)]
             allowed = allowed or [2 * error + FLOOR[dtype] for error in errors]
             if not all(error <= bound for error, bound in zip(errors, allowed, strict=True)):
                 yield Trouble(*where, name, f"off by {max(errors):.1e}, allowed {max(allowed):.1e}")
@@ -186,6 +196,13 @@ def _results(call: Callable[..., Tensor], leaves: list[Tensor], pull: Tensor, tr
     if not training:
         return [out.detach()]
     return [out.detach(), *torch.autograd.grad(out, leaves, pull)]
+
+
+def _settled(locations: Tensor, shapes: tuple[tuple[int, int], ...]) -> Tensor:
+    """Where a location [N, Q, H, L, P, 2] in float64 is differentiable: False for coordinates on a cell's centre."""
+    sizes = locations.new_tensor([(width, height) for height, width in shapes])  # (L, 2)
+    cells = locations * sizes[:, None] - 0.5
+    return cells != cells.round()
 
 
 def _error(result: Tensor, truth: Tensor) -> float:

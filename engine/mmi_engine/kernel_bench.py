@@ -1,0 +1,257 @@
+"""Benchmark of the sampling kernels: runs it for a device, and turns its figures into a table and a plot.
+
+Place in the flow: `mmi bench kernel` and `kernels/gpu_bench.py` come here. `mmi_kernels.bench` (CPU) and
+`mmi_kernels.bench_cuda` verify and time the operation itself; the module level, queries in and output out of a whole
+MMFS layer, is timed here because the layer is the engine's.
+
+A figure is a dictionary with at least case, dtype, level ("op", "attention" or "module"), step ("forward" or
+"training" = forward + backward), name (the implementation) and median_ms. The implementation of this project is called
+"mmi" in every figure of a CUDA device and "numba" on a CPU; ratios are times over its time, so above 1 it is faster.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+Figure = dict[str, Any]
+
+OURS = ("mmi", "numba")
+_COLUMNS = ("torch", "torch compiled", "deformable-detr", "msda-triton")
+_LEAST_REPEATS = 5
+
+
+def run(
+    device: str = "cpu",
+    *,
+    seconds: float = 60.0,
+    compiled: bool = False,
+    levels: Sequence[str] = ("op", "module"),
+    pattern: str = "",
+    on_figure: Callable[[Figure], None] | None = None,
+) -> dict[str, Any]:
+    """Verify, then time. Returns {"machine", "figures", "troubles"}, ready for JSON.
+
+    Args:
+        device: "cpu", "cuda" or "cuda:N".
+        seconds: about how long to measure altogether; every figure is a median of at least five repetitions.
+        compiled: also time torch under `torch.compile`, where a C++ compiler is found (slow to start).
+        levels: what to time, of "op", "attention" (CUDA alone) and "module".
+        pattern: only cases whose name contains it.
+        on_figure: called with each figure as it comes.
+
+    Raises:
+        VerificationError: a backend's numbers are wrong.
+        KernelUnavailable: there is no kernel to measure on the device.
+    """
+    from mmi_kernels.bench import machine
+
+    result: dict[str, Any] = {"machine": machine(device), "figures": [], "troubles": []}
+    found = _cuda(device, seconds, compiled, levels, pattern) if device != "cpu" else _cpu(seconds, compiled, pattern)
+    if device != "cpu" or "op" in levels:
+        for row in found:
+            result["troubles" if "reason" in row else "figures"].append(row)
+            if on_figure is not None and "reason" not in row:
+                on_figure(row)
+    if "module" in levels:
+        for row in modules(device, seconds / 4, pattern=pattern):
+            result["figures"].append(row)
+            if on_figure is not None:
+                on_figure(row)
+    return result
+
+
+def _cpu(seconds: float, compiled: bool, pattern: str) -> Iterator[Figure]:
+    from mmi_kernels import bench
+
+    cases = [case for case in bench.CASES if pattern in case.name]
+    names = ["torch", "numba", *(["torch compiled"] if compiled else [])]
+    for case in cases:
+        found = bench.run([case], names=names, seconds=seconds / len(cases) / 2)
+        for row in found["rows"]:
+            name = row.pop("backend")
+            yield {"level": "op", "dtype": "float32", "name": name, **row}
+
+
+def _cuda(device: str, seconds: float, compiled: bool, levels: Sequence[str], pattern: str) -> Iterator[Figure]:
+    import torch
+
+    from mmi_kernels import bench, bench_cuda, resolve
+
+    resolve("cuda", device)  # raises with the remedy
+    cases = [case for case in bench.CASES if pattern in case.name]
+    chosen = [level for level in levels if level != "module"]
+    with torch.cuda.device(device):
+        for row in bench_cuda.run(
+            cases,
+            (torch.float32, torch.bfloat16),
+            chosen,
+            {},
+            device=device,
+            until=time.monotonic() + seconds,
+            compiled=[case.name for case in cases[:1]] if compiled else (),
+        ):
+            yield asdict(row)
+
+
+# name, d_query, queries, images, levels, base: layers of the released model; the CPU takes fewer queries
+_LAYERS = (
+    ("LLM decode", 5120, 1, 4, (32, 16, 8), 16),
+    ("LLM prefill 2048", 5120, 2048, 1, (32, 16, 8), 16),
+    ("U-Net 64²", 320, 4096, 1, (64, 32, 16, 8), 64),
+    ("U-Net 8²", 1280, 64, 1, (64, 32, 16, 8), 8),
+)
+_CPU_LAYERS = (_LAYERS[0], ("U-Net 16²", 1280, 256, 1, (64, 32, 16, 8), 16), _LAYERS[3])
+
+
+def modules(device: str, seconds: float, *, pattern: str = "") -> Iterator[Figure]:
+    """An MMFS layer with cached values, by the kernel and by torch: bf16 on CUDA, fp32 on a CPU."""
+    import torch
+
+    from mmi_engine.model.config import MMFSConfig
+    from mmi_engine.model.mmfs import MMFS
+
+    on_cpu = torch.device(device).type == "cpu"
+    dtype = torch.float32 if on_cpu else torch.bfloat16
+    layers = [layer for layer in (_CPU_LAYERS if on_cpu else _LAYERS) if pattern in layer[0]]
+    for name, width, queries, images, levels, base in layers:
+        config = MMFSConfig(heads=16, points=8, width=1024, levels=levels, max_images=50, offset_init=3.0)
+        module = MMFS(config, d_query=width, d_value=1024, d_out=width, base=base).to(device, dtype).eval()
+        shapes = [(side, side) for side in levels]
+        cells = sum(h * w for h, w in shapes)
+        query = torch.randn(1, queries, width, device=device, dtype=dtype)
+        features = torch.randn(1, images, cells, 1024, device=device, dtype=dtype)
+        leaves = [query.requires_grad_(), module.project_values(features).detach().requires_grad_()]
+        reference, visible = (
+            torch.rand(1, queries, 2, device=device),
+            torch.ones(1, images, dtype=torch.long).to(device),
+        )
+
+        def call(query: Any, values: Any, rest: Any = (module, reference, shapes, visible)) -> Any:
+            return rest[0](query, rest[1], values, *rest[2:])
+
+        for backend in ("torch", "numba" if on_cpu else "cuda"):
+            module.backend = backend
+            where = {"case": name, "dtype": str(dtype).removeprefix("torch."), "level": "module"}
+            where["name"] = "mmi" if backend == "cuda" else backend
+            for step in ("forward", "training")[: 1 + (queries > 1)]:
+                yield where | {"step": step} | _measured(call, leaves, step, device, seconds / len(layers) / 4)
+
+
+def _measured(call: Callable[..., Any], leaves: list[Any], step: str, device: str, seconds: float) -> Figure:
+    """The figures of one step: device time, memory and launches on CUDA, wall time on a CPU."""
+    import torch
+
+    from mmi_kernels import bench_cuda
+
+    pull = torch.ones_like(call(*leaves).detach())
+    if torch.device(device).type == "cuda":
+        found = bench_cuda.measure(call, leaves, pull, step, device)
+        if step == "forward":
+            with torch.no_grad():
+                found |= bench_cuda.launches(lambda: call(*leaves))
+        return found
+
+    def once() -> None:
+        with torch.set_grad_enabled(step == "training"):
+            out = call(*leaves)
+        if step == "training":
+            torch.autograd.grad(out, leaves, pull)
+
+    once()
+    times: list[float] = []
+    until = time.monotonic() + seconds
+    while len(times) < _LEAST_REPEATS or time.monotonic() < until:
+        start = time.perf_counter()
+        once()
+        times.append(time.perf_counter() - start)
+    times.sort()
+    middle = statistics.median(times)
+    spread = (times[-1 - len(times) // 5] - times[len(times) // 5]) / middle
+    return {"median_ms": middle * 1e3, "spread": spread, "repeats": len(times)}
+
+
+def compared(figures: Sequence[Figure]) -> list[tuple[tuple[str, str, str, str], dict[str, float]]]:
+    """((level, case, dtype, step), {implementation: ms}) in the order of the figures, levels together."""
+    found: dict[tuple[str, str, str, str], dict[str, float]] = {}
+    for figure in figures:
+        key = (figure["level"], figure["case"], figure["dtype"], figure["step"])
+        found.setdefault(key, {})[figure["name"]] = figure["median_ms"]
+    order = {level: i for i, level in enumerate(("attention", "op", "module"))}
+    return sorted(found.items(), key=lambda item: order.get(item[0][0], 9))
+
+
+def table(figures: Sequence[Figure]) -> list[tuple[str, ...]]:
+    """Rows of text, the first a header: milliseconds, and in brackets the time over ours (above 1: ours is faster)."""
+    groups = compared(figures)
+    present = {name for _, times in groups for name in times}
+    others = [name for name in (*_COLUMNS, *sorted(present - {*_COLUMNS, *OURS})) if name in present]
+    mine = next((name for name in OURS if name in present), None)
+    rows: list[tuple[str, ...]] = [("level", "case", "dtype", "step", *([f"{mine} ms"] if mine else []), *others)]
+    for (level, case, dtype, step), times in groups:
+        own = times.get(mine) if mine else None
+        cells = [f"{own:.3f}" if own else "–"] if mine else []
+        for name in others:
+            ratio = f" ({times[name] / own:.2f}×)" if own and name in times else ""
+            cells.append(f"{times[name]:.3f}{ratio}" if name in times else "–")
+        rows.append((level, case, dtype, step, *cells))
+    return rows
+
+
+def markdown(figures: Sequence[Figure]) -> str:
+    """`table` as Markdown."""
+    header, *rest = table(figures)
+    lines = ["| " + " | ".join(row) + " |" for row in (header, tuple("---" for _ in header), *rest)]
+    return "\n".join(lines) + "\n"
+
+
+def plot(figures: Sequence[Figure], path: Path, *, title: str = "") -> None:
+    """Time of every other implementation over ours: one panel per dtype and step, of the level the model calls."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    groups = compared(figures)
+    level = groups[0][0][0] if groups else "op"
+    groups = [(key, times) for key, times in groups if key[0] == level and not set(OURS).isdisjoint(times)]
+    dtypes = [d for d in ("float32", "bfloat16") if any(key[2] == d for key, _ in groups)]
+    steps = [s for s in ("forward", "training") if any(key[3] == s for key, _ in groups)]
+    if not dtypes or not steps:
+        return
+    names = [n for n in _COLUMNS if any(n in times for _, times in groups)]
+    cases = list(dict.fromkeys(key[1] for key, _ in groups))
+    size = (5.5 * len(steps) + 2, (0.42 * len(cases) + 1) * len(dtypes) + 0.8)
+    figure, panels = pyplot.subplots(len(dtypes), len(steps), figsize=size, squeeze=False, sharex=True, sharey=True)
+    for i, dtype in enumerate(dtypes):
+        for j, step in enumerate(steps):
+            axes = panels[i][j]
+            _bars(axes, {key[1]: times for key, times in groups if key[2:] == (dtype, step)}, cases, names)
+            axes.set_title(f"{dtype}, {'forward' if step == 'forward' else 'forward + backward'}", fontsize=10)
+    panels[0][0].invert_yaxis()
+    handles = [pyplot.Rectangle((0, 0), 1, 1, color=f"C{i}") for i in range(len(names))]
+    figure.legend(handles, names, loc="lower right", ncols=len(names), frameon=False)
+    figure.suptitle(title or f"{level} level: time over ours, above 1 ours is faster")
+    figure.tight_layout(rect=(0, 0.03, 1, 1))
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def _bars(axes: Any, times: dict[str, dict[str, float]], cases: list[str], names: list[str]) -> None:
+    """One panel: horizontal bars from 1, in the colour of each implementation."""
+    thick = 0.8 / max(len(names), 1)
+    for row, case in enumerate(cases):
+        own = next((times[case][name] for name in OURS if name in times.get(case, {})), None)
+        for i, name in enumerate(names):
+            if own and name in times[case]:
+                ratio, place = times[case][name] / own, row - 0.4 + (i + 0.5) * thick
+                axes.barh(place, ratio - 1, thick, left=1, color=f"C{i}")
+                axes.text(max(ratio, 1) * 1.04, place, f"{ratio:.1f}×", va="center", fontsize=7)
+    axes.set_xscale("log")
+    axes.margins(x=0.15)
+    axes.axvline(1, color="black", linewidth=1)
+    axes.set_yticks(range(len(cases)), cases, fontsize=8)
