@@ -121,3 +121,51 @@ def test_relative_distance_key_changes_larger_maps_only() -> None:
 def test_relative_index() -> None:
     assert relative_index(torch.tensor([1, 0, 1, 1])).tolist() == [3, 0, 2, 1]
     assert relative_index(torch.tensor([0, 0])).tolist() == [0, 0]
+
+
+def call_of() -> tuple:
+    """Query, reference, values, shapes and visibility of one call of ``make((4, 2))``."""
+    query, reference, values = torch.randn(1, 3, 6), torch.rand(1, 3, 2), torch.randn(1, 20, 2, 4)
+    return query.double(), reference.double(), values.double(), [(4, 4), (2, 2)], torch.ones(1, 1)
+
+
+def test_what_is_kept_of_weights_follows_every_change_of_them() -> None:
+    """Each way to change a weight in evaluation, against a fresh module with the same weights."""
+    module = make((4, 2)).eval()
+    inputs = call_of()
+
+    def check() -> None:
+        fresh = make((4, 2))
+        fresh.load_state_dict(module.state_dict())
+        with torch.no_grad():
+            assert torch.equal(module(*inputs), fresh.train()(*inputs))
+
+    check()
+    kept = module._kept
+    check()
+    assert kept is not None and module._kept is kept
+    with torch.no_grad():
+        module.logits.weight.mul_(3)
+    check()
+    module.image_index.weight.data = module.image_index.weight.data + 1
+    check()
+    module.load_state_dict({name: tensor + 0.5 for name, tensor in module.state_dict().items()})
+    check()
+    module.load_state_dict({name: tensor * 2 for name, tensor in module.state_dict().items()}, assign=True)
+    check()
+    module.offsets.weight.data.add_(1)
+    module.eval()  # a change past the version counter shows after the next train() or eval()
+    check()
+
+
+def test_nothing_is_kept_where_gradients_or_other_dtypes_may_be_wanted() -> None:
+    module = make((4, 2)).float()
+    inputs = tuple(i.float() if isinstance(i, torch.Tensor) else i for i in call_of())
+    with torch.no_grad():
+        module.train()(*inputs)
+        assert module._kept is None
+        with torch.autocast("cpu", torch.bfloat16):
+            module.eval()(*inputs)
+        assert module._kept is None
+    module(*inputs).sum().backward()
+    assert module._kept is None and module.image_index.weight.grad is not None

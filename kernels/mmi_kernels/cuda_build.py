@@ -134,10 +134,19 @@ def launch(spec: Spec, device: torch.device, blocks: int, arguments: tuple[int, 
 
     Every argument is an 8-byte integer or a pointer. Raises nothing of its own: CuPy's errors pass.
     """
-    index = device.index if device.index is not None else torch.cuda.current_device()
-    with torch.cuda.device(index):
-        stream = _stream(torch.cuda.current_stream(index).cuda_stream)
-        _kernel(spec, index)((blocks,), (THREADS,), arguments, stream=stream)
+    current = torch.cuda.current_device()
+    index = current if device.index is None else device.index
+    if index == current:
+        _start(spec, index, blocks, arguments)
+    else:
+        with torch.cuda.device(index):
+            _start(spec, index, blocks, arguments)
+
+
+def _start(spec: Spec, index: int, blocks: int, arguments: tuple[int, ...]) -> None:
+    """`launch` with device number ``index`` current."""
+    stream = _stream(torch.cuda.current_stream(index).cuda_stream)
+    _kernel(spec, index)((blocks,), (THREADS,), arguments, stream=stream)
 
 
 @cache

@@ -68,14 +68,17 @@ def sample(
     Returns:
         [B, Q, H·D] in value's dtype.
     """
-    query = torch.promote_types(offsets.dtype, logits.dtype)
-    table_offsets, table_logits = (None, None) if tables is None else (table.to(query) for table in tables)
+    query = logits.dtype
+    if offsets.dtype != query:
+        query = torch.promote_types(offsets.dtype, query)
+        offsets, logits = offsets.to(query), logits.to(query)
+    table_offsets, table_logits = (None, None) if tables is None else (tables[0].to(query), tables[1].to(query))
     if visible is not None and visible.is_floating_point():
         visible = visible.bool()
     return _operator(
         value,
-        offsets.to(query),
-        logits.to(query),
+        offsets,
+        logits,
         table_offsets,
         table_logits,
         None if reference is None else reference.float(),
@@ -98,7 +101,8 @@ def _pairs(flat: Sequence[Any]) -> tuple[tuple[Any, Any], ...]:
 
 def _aligned(tensor: Tensor) -> Tensor:
     """Contiguous, and at a multiple of 16 bytes as the kernel's loads need it."""
-    tensor = tensor.contiguous()
+    if not tensor.is_contiguous():
+        tensor = tensor.contiguous()
     return tensor.clone() if tensor.data_ptr() % 16 else tensor
 
 
@@ -108,24 +112,21 @@ def _in_rows(tensor: Tensor) -> Tensor:
     return tensor if regular else tensor.contiguous()
 
 
-def _pointer(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
+class _Form:
+    """What all calls of one form share: sizes, checked once, and from them the grids and the plain arguments.
 
-
-class _Call:
-    """One call's tensors in the layout of the kernel, its arguments and its grid."""
+    Made from the first call of a form and kept by `_form`; holds none of the call's tensors. Raises ValueError.
+    """
 
     def __init__(
         self,
         value: Tensor,
         offsets: Tensor,
         logits: Tensor,
-        table_offsets: Tensor | None,
         table_logits: Tensor | None,
         reference: Tensor | None,
         visible: Tensor | None,
         rows: Tensor | None,
-        token: Tensor | None,
         shapes: Sequence[int],
         scales: Sequence[float],
         mode: int,
@@ -137,18 +138,20 @@ class _Call:
         self.points = logits.shape[2] // (self.heads * self.levels)
         self.positions = sum(height * width for height, width in self.shapes)
         self.images = value.shape[1] // self.positions if mode == MMFS else 1
-        self.value_shape, self.dtype, self.device = value.shape, value.dtype, value.device
         self.lanes = layout(self.dim, value.dtype)[0]
         self._check(value, offsets, logits, visible, rows)
-        self.query_dtype = logits.dtype
-        self.value, self.offsets, self.logits = _aligned(value), _in_rows(offsets), _in_rows(logits)
-        self.tables = [None if t is None else t.contiguous() for t in (table_offsets, table_logits)]
-        self.table_rows = 0 if table_logits is None else table_logits.shape[0]
-        self.reference = reference if reference is None or reference.stride(2) == 1 else reference.contiguous()
-        self.visible = visible
-        self.rows = None if rows is None else rows.long().contiguous()
-        self.token = None if token is None else token.contiguous()
+        self.out_shape = (self.batch, self.queries, self.heads * self.dim)
+        self.stats_shape = (self.batch, self.queries, self.heads, 2) if mode != SAMPLE else (0,)
+        # Kept here because captured graphs and later calls point to it.
         self.level_table = levels_table(self.shapes, _pairs(scales), value.device)
+        self.split = self._split()
+        self.blocks, width = self._grid(self.split)
+        self.sizes = self._sizes(offsets, logits, table_logits, reference, visible, width, self.split)
+        self.backward_blocks, width = self._grid(1)
+        self.backward_sizes = self._sizes(offsets, logits, table_logits, reference, visible, width, 1)
+        spec = partial(Spec, value.dtype, logits.dtype, self.dim, self.points, mode)
+        self.spec = spec(split=self.split > 1)
+        self.backward_specs = tuple(spec(backward=True, deterministic=strict) for strict in (False, True))
 
     def _check(
         self, value: Tensor, offsets: Tensor, logits: Tensor, visible: Tensor | None, rows: Tensor | None
@@ -171,10 +174,7 @@ class _Call:
         if max(height * width for height, width in self.shapes) > MOST_CELLS:
             raise ValueError(f"a level of {self.shapes} has more than {MOST_CELLS} positions")
 
-    def spec(self, **more: bool) -> Spec:
-        return Spec(self.dtype, self.query_dtype, self.dim, self.points, self.mode, **more)
-
-    def split(self) -> int:
+    def _split(self) -> int:
         """Groups that share a query: as many as keep the device busy, at most one per level of an image."""
         groups, items = THREADS // self.lanes, self.images * self.levels
         lanes, split = self.batch * self.queries * self.heads * self.lanes, 1
@@ -182,7 +182,7 @@ class _Call:
             split *= 2
         return split
 
-    def grid(self, split: int) -> tuple[int, int]:
+    def _grid(self, split: int) -> tuple[int, int]:
         """(blocks, width of the query grid or 0): queries that form a square are cut into tiles of width 8."""
         slots, side = THREADS // self.lanes // split, math.isqrt(self.queries)
         if side * side == self.queries and side >= 8 and slots >= 8:
@@ -191,70 +191,108 @@ class _Call:
             side, tiles = 0, -(-self.queries // slots)
         return tiles * self.heads * self.batch, side
 
-    def arguments(self, split: int, query_width: int) -> tuple[int, ...]:
-        """MMI_ARGUMENTS of `mmfs.cu`, in its order."""
-        reference_strides = (0, 0)
-        if self.reference is not None:
-            batch, query = self.reference.stride(0), self.reference.stride(1)
-            reference_strides = (batch if self.reference.shape[0] > 1 else 0, query)
-        visible_strides = (0, 0, 0)
-        if self.visible is not None:
-            size, seen = self.visible.element_size(), self.visible
-            batch, query, image = seen.stride()
-            visible_strides = (batch * size, query * size if seen.shape[1] > 1 else 0, image * size)
-        tensors = (self.value, self.offsets, self.logits, *self.tables, self.reference, self.visible, self.rows)
-        return (
-            *(_pointer(tensor) for tensor in (*tensors, self.token, self.level_table)),
-            self.queries,
-            self.heads,
-            self.levels,
-            self.images,
-            self.positions,
-            self.table_rows,
-            self.offsets.stride(1),
-            self.logits.stride(1),
-            *reference_strides,
-            *visible_strides,
-            query_width,
-            split,
-        )
+    def _sizes(
+        self,
+        offsets: Tensor,
+        logits: Tensor,
+        table_logits: Tensor | None,
+        reference: Tensor | None,
+        visible: Tensor | None,
+        query_width: int,
+        split: int,
+    ) -> tuple[int, ...]:
+        """The plain numbers of MMI_ARGUMENTS of `mmfs.cu`, in its order, after the pointers."""
+        reference_strides, visible_strides = (0, 0), (0, 0, 0)
+        if reference is not None:
+            batch, query = reference.stride(0), reference.stride(1)
+            reference_strides = (batch if reference.shape[0] > 1 else 0, query)
+        if visible is not None:
+            size, (batch, query, image) = visible.element_size(), visible.stride()
+            visible_strides = (batch * size, query * size if visible.shape[1] > 1 else 0, image * size)
+        sizes = (self.queries, self.heads, self.levels, self.images, self.positions)
+        rows = 0 if table_logits is None else table_logits.shape[0]
+        strides = (offsets.stride(1), logits.stride(1), *reference_strides, *visible_strides)
+        return (*sizes, rows, *strides, query_width, split)
 
 
-def _forward(start: Launch, value: Tensor, offsets: Tensor, logits: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    call = _Call(value, offsets, logits, *rest)
-    out = value.new_empty(call.batch, call.queries, call.heads * call.dim)
-    size = (call.batch, call.queries, call.heads, 2) if call.mode != SAMPLE else (0,)
-    stats = value.new_empty(size, dtype=torch.float32)
-    if out.numel():
-        split = call.split()
-        blocks, width = call.grid(split)
-        arguments = (*call.arguments(split, width), out.data_ptr(), stats.data_ptr())
-        start(call.spec(split=split > 1), call.device, blocks, arguments)
+_FORMS: dict[tuple[Any, ...], _Form] = {}
+_MOST_FORMS = 4096
+
+
+def _look(tensor: Tensor | None) -> tuple[Any, ...] | None:
+    return None if tensor is None else (tensor.shape, tensor.stride(), tensor.dtype)
+
+
+def _prepare(
+    value: Tensor,
+    offsets: Tensor,
+    logits: Tensor,
+    table_offsets: Tensor | None,
+    table_logits: Tensor | None,
+    reference: Tensor | None,
+    visible: Tensor | None,
+    rows: Tensor | None,
+    token: Tensor | None,
+    shapes: Sequence[int],
+    scales: Sequence[float],
+    mode: int,
+) -> tuple[_Form, tuple[int, ...], tuple[Tensor | None, ...]]:
+    """The call's form, the pointers of MMI_ARGUMENTS, and the tensors they point to, to be kept until the launch."""
+    value = _aligned(value)
+    offsets = offsets if offsets.is_contiguous() else _in_rows(offsets)
+    logits = logits if logits.is_contiguous() else _in_rows(logits)
+    if table_offsets is not None and table_logits is not None:
+        table_offsets, table_logits = table_offsets.contiguous(), table_logits.contiguous()
+    if reference is not None and reference.stride(2) != 1:
+        reference = reference.contiguous()
+    if rows is not None:
+        rows = rows.long().contiguous()
+    if token is not None:
+        token = token.contiguous()
+    tables = None if table_logits is None else table_logits.shape[0]
+    n_rows = None if rows is None else rows.shape[0]
+    given = (value.shape, value.dtype, value.device, *_look(offsets), *_look(logits))  # type: ignore[misc]
+    key = (*given, tables, _look(reference), _look(visible), n_rows, tuple(shapes), tuple(scales), mode)
+    form = _FORMS.get(key)
+    if form is None:
+        form = _Form(value, offsets, logits, table_logits, reference, visible, rows, shapes, scales, mode)
+        if len(_FORMS) >= _MOST_FORMS:
+            _FORMS.clear()
+        _FORMS[key] = form
+    tensors = (value, offsets, logits, table_offsets, table_logits, reference, visible, rows, token, form.level_table)
+    return form, tuple([0 if tensor is None else tensor.data_ptr() for tensor in tensors]), tensors
+
+
+def _forward(start: Launch, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    form, pointers, _kept = _prepare(value, *rest)
+    out = value.new_empty(form.out_shape)
+    stats = value.new_empty(form.stats_shape, dtype=torch.float32)
+    if form.blocks and out.numel():
+        start(form.spec, value.device, form.blocks, (*pointers, *form.sizes, out.data_ptr(), stats.data_ptr()))
     return out, stats
 
 
 def _backward(
-    start: Launch, grad_out: Tensor, stats: Tensor, value: Tensor, offsets: Tensor, logits: Tensor, *rest: Any
+    start: Launch, grad_out: Tensor, stats: Tensor, value: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     *inputs, want_value = rest
-    call = _Call(value, offsets, logits, *inputs)
+    form, pointers, kept = _prepare(value, *inputs)
     grad_out = _aligned(grad_out.to(value.dtype))
     single = {"dtype": torch.float32, "device": value.device}
-    per_level = () if call.mode == MMFS else (call.levels,)
-    slots = (call.batch, call.queries, call.images, call.heads)
-    grad_offsets = torch.empty((*slots, *per_level, call.points, 2), **single)
-    grad_logits = torch.empty((*slots, call.levels, call.points), **single)
+    per_level = () if form.mode == MMFS else (form.levels,)
+    slots = (form.batch, form.queries, form.images, form.heads)
+    grad_offsets = torch.empty((*slots, *per_level, form.points, 2), **single)
+    grad_logits = torch.empty((*slots, form.levels, form.points), **single)
     deterministic = want_value and torch.are_deterministic_algorithms_enabled()
     kind = torch.int64 if deterministic else torch.float32
-    grad_value = torch.zeros(call.value_shape if want_value else (0,), dtype=kind, device=value.device)
-    unit = _fixed_point_unit(grad_out, call.logits if call.mode == SAMPLE else None) if deterministic else None
+    grad_value = torch.zeros(value.shape if want_value else (0,), dtype=kind, device=value.device)
+    unit = _fixed_point_unit(grad_out, kept[2] if form.mode == SAMPLE else None) if deterministic else None
     if grad_out.numel():
-        blocks, width = call.grid(1)
         scale = None if unit is None else 1.0 / unit
         target = grad_value.data_ptr() if want_value else 0
-        arguments = (*call.arguments(1, width), grad_out.data_ptr(), stats.data_ptr(), target, _pointer(scale))
-        arguments = (*arguments, grad_offsets.data_ptr(), grad_logits.data_ptr())
-        start(call.spec(backward=True, deterministic=deterministic), call.device, blocks, arguments)
+        ends = (grad_out.data_ptr(), stats.data_ptr(), target, 0 if scale is None else scale.data_ptr())
+        arguments = (*pointers, *form.backward_sizes, *ends, grad_offsets.data_ptr(), grad_logits.data_ptr())
+        start(form.backward_specs[deterministic], value.device, form.backward_blocks, arguments)
     if unit is not None:
         grad_value = grad_value.double() * unit.double()
     return grad_value.to(value.dtype), grad_offsets, grad_logits
@@ -307,7 +345,8 @@ def _gradients(ctx: Any, grad_out: Tensor, _grad_stats: Tensor | None) -> tuple[
     grad_value, by_offset, by_logit = torch.ops.mmi.sample_backward(grad_out, stats, *tensors, *ctx.plain, wanted[0])
     found: list[Tensor | None] = [grad_value if wanted[0] else None]
     for side, slots, want in ((offsets, by_offset, wanted[1]), (logits, by_logit, wanted[2])):
-        found.append(slots.sum(2).reshape(side.shape).to(side.dtype) if want else None)
+        over_images = slots if slots.shape[2] == 1 else slots.sum(2)
+        found.append(over_images.reshape(side.shape).to(side.dtype) if want else None)
     for table, slots, want in ((table_offsets, by_offset, wanted[3]), (table_logits, by_logit, wanted[4])):
         found.append(_table_gradient(table, slots) if want else None)
     grad_token = None

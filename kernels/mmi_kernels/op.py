@@ -97,7 +97,7 @@ def resolve(backend: str = "auto", device: torch.device | str = "cpu", dtype: to
     """
     if backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}; choose one of {', '.join(BACKENDS)}")
-    device = torch.device(device)
+    device = device if isinstance(device, torch.device) else torch.device(device)
     if backend == "torch":
         return "torch"
     if backend == "auto":
@@ -137,7 +137,8 @@ def backend_for(backend: str, value: Tensor, dtypes: Sequence[torch.dtype], imag
     """`resolve` for a call with ``value`` [R, S, H, D] and tensors of ``dtypes``, sizes considered too."""
     widest = dtypes[0]
     for dtype in dtypes[1:]:
-        widest = torch.promote_types(widest, dtype)
+        if dtype != widest:
+            widest = torch.promote_types(widest, dtype)
     served_by = resolve(backend, value.device, widest)
     most, refusal = cuda_build.MOST_CHANNELS, ""
     if served_by == "numba" and value.shape[1] > _NUMBA_POSITIONS:

@@ -19,6 +19,8 @@ image: W_p q_m = W_p W_q f_q + W_p E[r_m], and the second term is a table of ``m
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -28,6 +30,8 @@ from mmi_kernels import mmfs_attention
 from mmi_kernels.fused import Shapes, relative_index
 
 __all__ = ["MMFS", "Shapes", "relative_index"]
+
+Derived = tuple[Tensor, Tensor, tuple[Tensor, Tensor], Tensor]
 
 
 class MMFS(nn.Module):
@@ -54,6 +58,7 @@ class MMFS(nn.Module):
         self.output_proj = nn.Linear(config.width, d_out)
         self.ignore_token = nn.Parameter(torch.zeros(1, 1, 1, config.width), requires_grad=False)
         self.backend = "auto"
+        self._kept: tuple[tuple[Any, ...], tuple[Tensor, ...], Derived] | None = None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -106,15 +111,8 @@ class MMFS(nn.Module):
         if visible.ndim == 3 and visible.shape[1] != n_query:
             visible = visible[:, -1]
         visible = visible[:, None] if visible.ndim == 2 else visible  # (B, 1 or Q, M)
-        heads, levels, points = self.config.heads, len(self.config.levels), self.config.points
         projected = self.query_proj(query)
-        # W (q + E[r]) + b = (W q + b) + (W E)[r]: the right-hand tables have only max_images rows.
-        logit_weight = self.logits.weight.view(heads, levels, points + 1, -1)[:, :, :points].flatten(0, 2)
-        logit_bias = self.logits.bias.view(heads, levels, points + 1)[:, :, :points].flatten()
-        tables = (
-            F.linear(self.image_index.weight, self.offsets.weight),
-            F.linear(self.image_index.weight, logit_weight),
-        )
+        logit_weight, logit_bias, tables, token = self._derived()
         sampled = mmfs_attention(
             values,
             shapes,
@@ -124,11 +122,55 @@ class MMFS(nn.Module):
             reference,
             self._scales(shapes),
             visible,
-            self.ignore_token,
+            token,
             rows=rows,
             backend=self.backend,
         )
         return self.output_proj(sampled)
+
+    def _derived(self) -> Derived:
+        """What depends on weights alone. Kept between calls in evaluation without gradients, never in training.
+
+        What is kept serves as long as every weight has the address and the version counter it was made from. The
+        weights' memory is held along with it, so that an address cannot come to mean another tensor. ``train``,
+        ``eval`` and moves drop it, which covers changes that go past the counter (through ``.data``).
+        """
+        weights = (self.image_index.weight, self.offsets.weight, self.logits.weight, self.logits.bias, self.ignore_token)
+        device = weights[0].device.type
+        if (
+            self.training
+            or torch.is_grad_enabled()
+            or torch.compiler.is_compiling()
+            or torch.is_autocast_enabled(device)
+            or any(weight.is_inference() for weight in weights)
+        ):
+            return self._derive()
+        key = tuple([(weight.data_ptr(), weight._version, weight.dtype) for weight in weights])
+        if self._kept is None or self._kept[0] != key:
+            self._kept = (key, tuple(weight.detach() for weight in weights), self._derive())
+        return self._kept[2]
+
+    def _derive(self) -> Derived:
+        """Weight and bias of the logits without the ignore slot's, both tables, and the ignore token."""
+        heads, levels, points = self.config.heads, len(self.config.levels), self.config.points
+        # W (q + E[r]) + b = (W q + b) + (W E)[r]: the right-hand tables have only max_images rows.
+        logit_weight = self.logits.weight.view(heads, levels, points + 1, -1)[:, :, :points].flatten(0, 2)
+        logit_bias = self.logits.bias.view(heads, levels, points + 1)[:, :, :points].flatten()
+        tables = (
+            F.linear(self.image_index.weight, self.offsets.weight),
+            F.linear(self.image_index.weight, logit_weight),
+        )
+        wide = torch.promote_types(self.ignore_token.dtype, torch.float32)
+        return logit_weight, logit_bias, tables, self.ignore_token.to(wide)
+
+    def train(self, mode: bool = True) -> MMFS:
+        """See torch; forgets what was derived from the weights."""
+        self._kept = None
+        return super().train(mode)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> MMFS:
+        self._kept = None
+        return super()._apply(*args, **kwargs)
 
     def _scales(self, shapes: Shapes) -> list[tuple[float, float]]:
         """Per level: the share of the map's width and height that one cell of the base grid spans."""
