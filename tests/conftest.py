@@ -44,3 +44,11 @@ def pytest_sessionfinish() -> None:
     import shutil
 
     shutil.rmtree(_HOME, ignore_errors=True)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Registers and spilled bytes of the CUDA kernels, where ptxas could tell them."""
+    for report in terminalreporter.stats.get("passed", ()):
+        for name, value in report.user_properties if report.when == "call" else ():
+            if name == "registers":
+                terminalreporter.write_line(f"ptxas sm_90: {value}")

@@ -10,6 +10,7 @@ import importlib.util
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 from functools import cache
 from pathlib import Path
@@ -21,14 +22,27 @@ from mmi_kernels.cuda_build import ATTENTION, MMFS, SAMPLE, SOURCE, Spec, source
 
 CUPY_OPTIONS = ("-ftz=true", "--device-as-default-execution-space")
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
-# (mode, D, P) of the released model's LLM and U-Net and of its adapter, of the embedded model's, and odd ones
-SHAPES = ((MMFS, 64, 8), (MMFS, 16, 4), (ATTENTION, 32, 4), (ATTENTION, 16, 4), (SAMPLE, 64, 8), (SAMPLE, 37, 5))
 KINDS = ({}, {"split": True}, {"backward": True}, {"backward": True, "deterministic": True})
+PLAIN, STRICT = (KINDS[0], KINDS[2]), KINDS[2:]
+# (mode, D, P), (value and query dtype), kinds: the released model's LLM and U-Net, the embedded model's, the adapters of
+# both, the bare operation, and each further dtype and kind once
+LISTED = (
+    (MMFS, 64, 8, (BF16, BF16), KINDS),
+    (MMFS, 64, 8, (FP32, FP32), KINDS),
+    (MMFS, 64, 8, (FP16, FP16), PLAIN),
+    (MMFS, 64, 8, (BF16, FP32), PLAIN),
+    (MMFS, 16, 4, (FP32, FP32), KINDS),
+    (MMFS, 16, 4, (BF16, BF16), PLAIN),
+    (ATTENTION, 32, 4, (BF16, BF16), KINDS),
+    (ATTENTION, 32, 4, (FP32, FP32), PLAIN),
+    (ATTENTION, 16, 4, (FP32, FP32), PLAIN),
+    (SAMPLE, 64, 8, (FP32, FP32), KINDS),
+    (SAMPLE, 37, 5, (FP16, FP16), STRICT),
+)
 SPECS = [
     Spec(value, query, dim, points, mode, **kind)
-    for mode, dim, points in SHAPES
-    for value, query in ((FP32, FP32), (FP16, FP16), (BF16, BF16), (BF16, FP32))
-    for kind in KINDS
+    for mode, dim, points, (value, query), kinds in LISTED
+    for kind in kinds
 ]
 
 
@@ -42,9 +56,15 @@ def _folder() -> Path | None:
 
 FOLDER = _folder()
 NVCC = shutil.which("nvcc")
-needs_compiler = pytest.mark.skipif(
-    FOLDER is None and NVCC is None, reason="needs NVRTC (pip install nvidia-cuda-nvrtc) or nvcc"
-)
+
+
+@pytest.fixture(autouse=True)
+def compiler() -> None:
+    """No compiler fails the tests where its wheel exists, so that they are never passed over unseen."""
+    if FOLDER is None and NVCC is None:
+        if sys.platform == "darwin":
+            pytest.skip("there is no NVRTC for this system")
+        pytest.fail("neither NVRTC nor nvcc is here: pip install '.[dev]', or nvidia-cuda-nvrtc alone")
 
 
 @cache
@@ -108,23 +128,20 @@ def compiled_by_nvcc(spec: Spec, architecture: str) -> bytes:
         return target.read_bytes()
 
 
-@needs_compiler
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 def test_specialisation_compiles_for_hopper(spec: Spec) -> None:
     assert spec.entry.encode() in compiled(spec, "sm_90")
 
 
-@needs_compiler
 @pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_source_compiles_for_the_oldest_and_the_newest(kind: dict[str, bool]) -> None:
-    for architecture in (75, 80, newest()):
+def test_source_compiles_for_ampere_and_the_newest(kind: dict[str, bool]) -> None:
+    for architecture in (80, newest()):
         assert compiled(Spec(BF16, BF16, 64, 8, MMFS, **kind), f"sm_{architecture}")
 
 
-@needs_compiler
 @pytest.mark.skipif(shutil.which("ptxas") is None, reason="needs ptxas")
 @pytest.mark.parametrize("kind", KINDS[:3], ids=str)
-@pytest.mark.parametrize(("mode", "dim", "points"), SHAPES[:3])
+@pytest.mark.parametrize(("mode", "dim", "points"), [(MMFS, 64, 8), (ATTENTION, 32, 4)])
 def test_registers_hardly_spill(
     mode: int, dim: int, points: int, kind: dict[str, bool], tmp_path: Path, record_property: object
 ) -> None:
@@ -135,5 +152,6 @@ def test_registers_hardly_spill(
     report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     registers, spilled = re.search(r"Used (\d+) registers", report), re.search(r"(\d+) bytes spill loads", report)
     assert registers and spilled
-    record_property("registers", int(registers[1]))  # type: ignore[operator]
+    name = f"{'attention' if mode else 'mmfs'}, D {dim}, P {points}, {', '.join(kind) or 'forward'}"
+    record_property("registers", f"{name}: {registers[1]} registers, {spilled[1]} bytes spilled")  # type: ignore[operator]
     assert int(registers[1]) <= 128 and int(spilled[1]) <= 64
