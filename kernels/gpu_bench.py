@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -93,15 +92,6 @@ def compile_ahead(cases: tuple[Case, ...], dtypes: tuple[torch.dtype, ...]) -> f
     return time.monotonic() - start
 
 
-def driver() -> str:
-    """Version of the NVIDIA driver."""
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        return subprocess.run(query, capture_output=True, text=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.TimeoutExpired):
-        return "unknown"
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
@@ -129,10 +119,7 @@ def main() -> int:
         rounds.append((REST, (BF16, FP32, FP16), ("op", "attention"), samplers, COMPILED))
         rounds.append((THEN, (BF16, FP32, FP16), ("attention",), samplers, ()))
     found: list[Figure | Trouble] = []
-    result: dict[str, Any] = {"machine": machine("cuda") | {"driver": driver(), "cuda": torch.version.cuda}}
-    import cupy
-
-    result["machine"]["cupy"] = cupy.__version__
+    result: dict[str, Any] = {"machine": machine("cuda")}
     result["copy_gb_per_s"] = bench_cuda.copy_bandwidth("cuda") / 1e9
     result["compiled_ahead_s"] = compiling
     result["modules"] = []

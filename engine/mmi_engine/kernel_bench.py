@@ -11,12 +11,17 @@ A figure is a dictionary with at least case, dtype, level ("op", "attention" or 
 
 from __future__ import annotations
 
+import json
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
+
+from mmi_engine.errors import BackendError, DeviceError, OutputError, UsageError
 
 Figure = dict[str, Any]
 
@@ -25,75 +30,114 @@ _COLUMNS = ("torch", "torch compiled", "deformable-detr", "msda-triton")
 _LEAST_REPEATS = 5
 
 
+def device_of(wanted: str) -> str:
+    """ "cpu" or "cuda:N" for auto, cpu, cuda or cuda:N. Raises DeviceError if it is not there."""
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if wanted == "cpu" or (wanted == "auto" and not count):
+        return "cpu"
+    index = int(wanted.partition(":")[2] or 0) if wanted.startswith("cuda") else 0
+    if index >= count:
+        found = f"{count} CUDA devices" if count else "no CUDA device"
+        raise DeviceError(f"--device {wanted}: {found} here", remedy="use --device cpu or auto; see mmi doctor")
+    return f"cuda:{index}"
+
+
 def run(
     device: str = "cpu",
     *,
     seconds: float = 60.0,
     compiled: bool = False,
-    levels: Sequence[str] = ("op", "module"),
+    levels: Sequence[str] = (),
     pattern: str = "",
-    on_figure: Callable[[Figure], None] | None = None,
+    on_case: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Verify, then time. Returns {"machine", "figures", "troubles"}, ready for JSON.
 
     Args:
-        device: "cpu", "cuda" or "cuda:N".
+        device: as :func:`device_of` returns it.
         seconds: about how long to measure altogether; every figure is a median of at least five repetitions.
-        compiled: also time torch under `torch.compile`, where a C++ compiler is found (slow to start).
-        levels: what to time, of "op", "attention" (CUDA alone) and "module".
+        compiled: also time torch under `torch.compile`, which needs a C++ compiler and is slow to start.
+        levels: what to time, of "op", "attention" (CUDA alone) and "module"; default all the device has.
         pattern: only cases whose name contains it.
-        on_figure: called with each figure as it comes.
+        on_case: called with the name of each case when its first figure is there.
 
     Raises:
-        VerificationError: a backend's numbers are wrong.
-        KernelUnavailable: there is no kernel to measure on the device.
+        UsageError: a level that the device does not have, or no case of that name.
+        BackendError: there is no kernel to measure on the CUDA device.
     """
     from mmi_kernels.bench import machine
 
+    has = ("op", "module") if device == "cpu" else ("op", "attention", "module")
+    if not set(levels) <= set(has):
+        raise UsageError(f"--level {' '.join(levels)}: {device} has {', '.join(has)}")
+    levels = [level for level in has if level in (levels or has)]
     result: dict[str, Any] = {"machine": machine(device), "figures": [], "troubles": []}
-    found = _cuda(device, seconds, compiled, levels, pattern) if device != "cpu" else _cpu(seconds, compiled, pattern)
-    if device != "cpu" or "op" in levels:
-        for row in found:
-            result["troubles" if "reason" in row else "figures"].append(row)
-            if on_figure is not None and "reason" not in row:
-                on_figure(row)
+    rows: list[Iterator[Figure]] = []
+    if levels != ["module"]:
+        share = seconds * (0.8 if "module" in levels else 1.0)
+        operations = (_cpu if device == "cpu" else partial(_cuda, device, levels))(share, compiled, pattern)
+        rows.append(operations)
     if "module" in levels:
-        for row in modules(device, seconds / 4, pattern=pattern):
-            result["figures"].append(row)
-            if on_figure is not None:
-                on_figure(row)
+        rows.append(modules(device, seconds / (5 if len(levels) > 1 else 1), pattern=pattern))
+    seen = ""
+    for row in chain(*rows):
+        result["troubles" if "reason" in row else "figures"].append(row)
+        if on_case is not None and seen != (seen := f"{row['case']}, {row['level']}"):
+            on_case(seen)
+    if not result["figures"] and not result["troubles"]:
+        raise UsageError(f"no case is named {pattern!r}", remedy="leave --case out to see all")
     return result
 
 
+def write(result: dict[str, Any], out: Path | None, picture: Path | None) -> None:
+    """JSON and plot into files, where asked for. Raises OutputError."""
+    try:
+        if out is not None:
+            out.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        if picture is not None:
+            plot(result["figures"], picture, title=f"{result['machine']['device']}: time over ours (above 1: faster)")
+    except (OSError, ValueError) as error:
+        raise OutputError(f"the figures cannot be written: {error}", remedy="choose another file") from error
+
+
 def _cpu(seconds: float, compiled: bool, pattern: str) -> Iterator[Figure]:
-    from mmi_kernels import bench
+    from mmi_kernels import backends, bench
 
     cases = [case for case in bench.CASES if pattern in case.name]
-    names = ["torch", "numba", *(["torch compiled"] if compiled else [])]
+    names = ["torch", *(["numba"] if backends()["numba"].available else []), *([bench.COMPILED] if compiled else [])]
     for case in cases:
-        found = bench.run([case], names=names, seconds=seconds / len(cases) / 2)
+        where = {"level": "op", "dtype": "float32"}
+        try:
+            found = bench.run([case], names=names, seconds=seconds / len(cases) / 2)
+        except bench.VerificationError as error:
+            yield {**where, "case": case.name, "name": "numba", "reason": str(error)}
+            continue
         for row in found["rows"]:
             name = row.pop("backend")
-            yield {"level": "op", "dtype": "float32", "name": name, **row}
+            yield {**where, "name": name, **row}
 
 
-def _cuda(device: str, seconds: float, compiled: bool, levels: Sequence[str], pattern: str) -> Iterator[Figure]:
+def _cuda(device: str, levels: Sequence[str], seconds: float, compiled: bool, pattern: str) -> Iterator[Figure]:
     import torch
 
-    from mmi_kernels import bench, bench_cuda, resolve
+    from mmi_kernels import KernelUnavailable, bench, bench_cuda, resolve
 
-    resolve("cuda", device)  # raises with the remedy
+    try:
+        resolve("cuda", device)
+    except KernelUnavailable as error:
+        raise BackendError(str(error)) from error
     cases = [case for case in bench.CASES if pattern in case.name]
-    chosen = [level for level in levels if level != "module"]
     with torch.cuda.device(device):
         for row in bench_cuda.run(
             cases,
             (torch.float32, torch.bfloat16),
-            chosen,
+            [level for level in levels if level != "module"],
             {},
             device=device,
             until=time.monotonic() + seconds,
-            compiled=[case.name for case in cases[:1]] if compiled else (),
+            compiled=[case.name for case in cases] if compiled else (),
         ):
             yield asdict(row)
 
@@ -114,6 +158,7 @@ def modules(device: str, seconds: float, *, pattern: str = "") -> Iterator[Figur
 
     from mmi_engine.model.config import MMFSConfig
     from mmi_engine.model.mmfs import MMFS
+    from mmi_kernels import backends
 
     on_cpu = torch.device(device).type == "cpu"
     dtype = torch.float32 if on_cpu else torch.bfloat16
@@ -134,7 +179,8 @@ def modules(device: str, seconds: float, *, pattern: str = "") -> Iterator[Figur
         def call(query: Any, values: Any, rest: Any = (module, reference, shapes, visible)) -> Any:
             return rest[0](query, rest[1], values, *rest[2:])
 
-        for backend in ("torch", "numba" if on_cpu else "cuda"):
+        fast = ("numba" if backends()["numba"].available else None) if on_cpu else "cuda"
+        for backend in filter(None, ("torch", fast)):
             module.backend = backend
             where = {"case": name, "dtype": str(dtype).removeprefix("torch."), "level": "module"}
             where["name"] = "mmi" if backend == "cuda" else backend

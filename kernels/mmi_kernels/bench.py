@@ -22,9 +22,11 @@ import os
 import platform
 import re
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -32,11 +34,14 @@ import torch
 from torch import Tensor
 
 from mmi_kernels.op import backends, deform_sample, resolve
+from mmi_kernels.reference import deform_sample_reference
 
 # A median of fewer repetitions means little; the float32 floor is in units of the largest magnitude.
 _LEAST_REPEATS = 5
 _FLOOR = 2e-6
 _CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "processor": time.process_time}
+COMPILED = "torch compiled"
+"""The torch backend under `torch.compile`, as a name among the backends."""
 _RESULTS = ("output", "value gradient", "locations gradient", "weights gradient")
 
 
@@ -146,7 +151,8 @@ def run(
     Args:
         cases: what to time.
         device: where.
-        names: backends, torch first as the measure; default: all that serve float32 on the device.
+    others = [name for name in names if name != "torch"]
+    names = ["torch", *(name if name == COMPILED else resolve(name, device) for name in others)]
         seconds: time to spend on each case and step (at least five repetitions are made).
         clock: "wall", or "processor": CPU time of this process, which other processes hardly disturb. It counts what
             threads spend waiting for each other, so use it with one thread, and not for a GPU.
@@ -159,7 +165,7 @@ def run(
     if names is None:
         served = {resolve("auto", device)}
         names = ["torch", *(name for name in backends() if name in served - {"torch"})]
-    names = ["torch", *(resolve(name, device) for name in names if name != "torch")]
+    names = ["torch", *(name if name == COMPILED else resolve(name, device) for name in names if name != "torch")]
     rows: list[Row] = []
     for case in cases:
         errors = verify(case, names, device)
@@ -194,10 +200,21 @@ def verify(case: Case, names: Sequence[str], device: torch.device | str = "cpu")
 
 def _all_results(case: Case, inputs: tuple[Tensor, ...], pull: Tensor, name: str) -> list[Tensor]:
     leaves = [tensor.clone().requires_grad_() for tensor in inputs]
-    out = deform_sample(leaves[0], case.spatial_shapes, leaves[1], leaves[2], backend=name)
+    out = _sample(name, leaves[0], case, leaves[1], leaves[2])
     if not case.training:
         return [out.detach()]
     return [out.detach(), *torch.autograd.grad(out, leaves, pull)]
+
+
+def _sample(name: str, value: Tensor, case: Case, locations: Tensor, weights: Tensor) -> Tensor:
+    if name == COMPILED:
+        return _compiled()(value, case.spatial_shapes, locations, weights)
+    return deform_sample(value, case.spatial_shapes, locations, weights, backend=name)
+
+
+@cache
+def _compiled() -> Callable[..., Tensor]:
+    return torch.compile(deform_sample_reference, dynamic=False)
 
 
 def _error(result: Tensor, truth: Tensor) -> float:
@@ -218,10 +235,10 @@ def _timed(
 
     def forward(name: str) -> None:
         with torch.no_grad():
-            deform_sample(value, case.spatial_shapes, locations, weights, backend=name)
+            _sample(name, value, case, locations, weights)
 
     def training(name: str) -> None:
-        out = deform_sample(leaves[0], case.spatial_shapes, leaves[1], leaves[2], backend=name)
+        out = _sample(name, leaves[0], case, leaves[1], leaves[2])
         torch.autograd.grad(out, leaves, pull)
 
     rows = []
@@ -282,6 +299,12 @@ def machine(device: torch.device | str = "cpu") -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": str(torch.__version__),
     }
+    if torch.device(device).type == "cuda":
+        found |= {"cuda": torch.version.cuda, "driver": _driver()}
+        if backends()["cuda"].available:
+            import cupy
+
+            found["cupy"] = cupy.__version__
     if backends()["numba"].available:
         import llvmlite
         import numba
@@ -294,6 +317,15 @@ def slug(device: torch.device | str = "cpu") -> str:
     """A file name for this machine's figures, such as "cpu-amd-epyc"."""
     kind = torch.device(device).type
     return f"{kind}-{re.sub(r'[^a-z0-9]+', '-', machine(device)['device'].lower()).strip('-')}"
+
+
+def _driver() -> str:
+    """Version of the NVIDIA driver."""
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(query, capture_output=True, text=True, timeout=10).stdout.split("\n")[0].strip()
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
 
 
 def _processor() -> str:

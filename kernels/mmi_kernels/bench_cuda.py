@@ -26,6 +26,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -86,12 +87,18 @@ def torchs(value: Tensor, shapes: tuple[tuple[int, int], ...], locations: Tensor
 def attention_by(sampler: Sampler | None, case: Case) -> Callable[..., Tensor]:
     """`mmfs_attention` by the kernel (``None``), or its torch algebra around an op."""
 
+    shapes = tuple((side, side) for side in case.sides)
+    scales = [(1 / case.sides[0],) * 2] * len(shapes)
+
+    @cache
+    def given(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """Visibility, reference points and token: inputs, so made once and not timed."""
+        visible = torch.ones(case.rows, 1, case.images, dtype=torch.bool, device=device)
+        reference = case.places().to(device).reshape(1, -1, 2).expand(1, case.queries, 2)
+        return visible, reference, torch.zeros(case.heads * case.dim, device=device)
+
     def attend(value: Tensor, offsets: Tensor, logits: Tensor, table_offsets: Tensor, table_logits: Tensor) -> Tensor:
-        shapes = tuple((side, side) for side in case.sides)
-        tables, scales = (table_offsets, table_logits), [(1 / case.sides[0],) * 2] * len(shapes)
-        visible = torch.ones(case.rows, 1, case.images, dtype=torch.bool, device=value.device)
-        reference = case.places().to(value.device).reshape(1, -1, 2).expand(1, case.queries, 2)
-        token = torch.zeros(case.heads * case.dim, device=value.device)
+        tables, (visible, reference, token) = (table_offsets, table_logits), given(value.device)
         rest = (tables, reference, scales, visible, token)
         if sampler is None:
             return fused.mmfs_attention(value, shapes, offsets, logits, *rest, backend="cuda")

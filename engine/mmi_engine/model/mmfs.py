@@ -135,7 +135,13 @@ class MMFS(nn.Module):
         weights' memory is held along with it, so that an address cannot come to mean another tensor. ``train``,
         ``eval`` and moves drop it, which covers changes that go past the counter (through ``.data``).
         """
-        weights = (self.image_index.weight, self.offsets.weight, self.logits.weight, self.logits.bias, self.ignore_token)
+        weights = (
+            self.image_index.weight,
+            self.offsets.weight,
+            self.logits.weight,
+            self.logits.bias,
+            self.ignore_token,
+        )
         device = weights[0].device.type
         if (
             self.training

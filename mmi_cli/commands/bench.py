@@ -1,0 +1,75 @@
+"""`mmi bench kernel`: how fast the sampling kernels of this machine are, checked before they are timed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from mmi_cli import console
+from mmi_cli.options import SETTINGS, DeviceType, message_options
+
+
+@click.group("bench", context_settings=SETTINGS)
+def bench() -> None:
+    """Measure parts of this installation."""
+
+
+@bench.command(
+    "kernel", context_settings=SETTINGS, epilog="Example:\n\n  mmi bench kernel --seconds 30 --out kernel.json"
+)
+@click.option("--device", type=DeviceType(), default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@click.option(
+    "--level",
+    "levels",
+    type=click.Choice(["op", "attention", "module"]),
+    multiple=True,
+    help="What to time; may be repeated.  [default: all the device has]",
+)
+@click.option("--case", "pattern", default="", metavar="TEXT", help="Only cases whose name contains TEXT.")
+@click.option("--seconds", type=click.FloatRange(0), default=60.0, show_default=True, help="About how long to measure.")
+@click.option("--compiled", is_flag=True, help="Also time torch under torch.compile (needs a C++ compiler; slow).")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout instead of the table.")
+@click.option("--out", type=click.Path(path_type=Path), metavar="FILE", help="Write the JSON here.")
+@click.option(
+    "--plot", "picture", type=click.Path(path_type=Path), metavar="FILE", help="Write a plot (PNG, SVG, PDF)."
+)
+@message_options
+def kernel(
+    device: str,
+    levels: tuple[str, ...],
+    pattern: str,
+    seconds: float,
+    compiled: bool,
+    as_json: bool,
+    out: Path | None,
+    picture: Path | None,
+) -> int:
+    """Verify the sampling kernels against float64, then time them.
+
+    On a CPU numba against torch (grid_sample), on a CUDA device the CUDA kernel against torch, in float32 and bf16.
+    "op" takes finished locations and weights, "attention" makes them from projected queries (CUDA), "module" is a whole
+    MMFS layer. Ratios in brackets are times over the kernel's: above 1 the kernel is faster. Read those, not the
+    milliseconds, on a busy machine. A kernel that computes something else is not timed, and the exit code is 1.
+    """
+    from mmi_engine import kernel_bench
+
+    terminal = console.current()
+    result = kernel_bench.run(
+        kernel_bench.device_of(device),
+        seconds=seconds,
+        compiled=compiled,
+        levels=levels,
+        pattern=pattern,
+        on_case=terminal.notice,
+    )
+    if as_json:
+        terminal.json(result)
+    else:
+        terminal.out(f"{result['machine']['device']}, torch {result['machine']['torch']}")
+        header, *rows = kernel_bench.table(result["figures"])
+        terminal.table(rows, header=header)
+    for trouble in result["troubles"]:
+        terminal.warning(f"{trouble['case']}, {trouble['dtype']}, {trouble['name']}: {trouble['reason']}")
+    kernel_bench.write(result, out, picture)
+    return 1 if result["troubles"] else 0
