@@ -178,6 +178,40 @@ def test_doctor_turns_a_broken_part_into_a_finding_with_a_remedy():
     assert finding.problem and "libcuda" in finding.value and finding.remedy
 
 
+@pytest.mark.parametrize(
+    ("working", "told"),
+    [
+        ((True, "CuPy kernel on NVIDIA X", ""), "cuda: CuPy kernel on NVIDIA X"),
+        ((False, "CuPy is not installed", "pip install it"), "torch: CuPy is not installed; pip install it"),
+    ],
+    ids=["works", "no CuPy"],
+)
+def test_doctor_names_the_kernel_of_each_device_and_why(working, told, monkeypatch):
+    import torch
+
+    from mmi_kernels import op
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(op, "_cuda_state", lambda index: working)
+    monkeypatch.setattr(op, "_numba_present", lambda: False)
+    found = {finding.name: finding.value for finding in versions._kernels()}
+    assert found["kernel on cuda:0"] == found["kernel on cuda:1"] == told
+    assert (
+        found["kernel on cpu"] == "torch: numba is not installed; pip install 'mmi[fast]', or use 'torch' (or 'auto')"
+    )
+
+
+def test_the_cuda_kernel_asked_for_without_a_device_fails_with_the_remedy(monkeypatch, capsys):
+    from mmi_kernels import op
+
+    state = (False, "no CUDA driver or device", "run `nvidia-smi` to see the driver, or use 'torch' (or 'auto')")
+    monkeypatch.setattr(op, "_cuda_state", lambda index: state)
+    assert main(["verify", "--kernel", "cuda"]) == 1
+    told = capsys.readouterr().err
+    assert "no CUDA driver or device" in told and "nvidia-smi" in told
+
+
 def test_cores_and_memory_are_plausible():
     assert 1 <= versions.physical_cores() <= (os.cpu_count() or 1)
     free = versions.free_memory_bytes()

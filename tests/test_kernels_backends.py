@@ -44,7 +44,7 @@ def test_auto_computes_float64_in_float64() -> None:
 @pytest.mark.parametrize(
     ("backend", "device", "dtype", "cause"),
     [
-        ("cuda", "cpu", torch.float32, "serves CUDA tensors"),
+        ("cuda", "cpu", torch.float32, "serves CUDA tensors|no CUDA driver or device|no CUDA support"),
         ("numba", "cuda", torch.float32, "serves CPU tensors"),
         ("numba", "cpu", torch.float64, "computes in float32"),
     ],

@@ -24,8 +24,8 @@ CUPY_OPTIONS = ("-ftz=true", "--device-as-default-execution-space")
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 KINDS = ({}, {"split": True}, {"backward": True}, {"backward": True, "deterministic": True})
 PLAIN, STRICT = (KINDS[0], KINDS[2]), KINDS[2:]
-# mode, D, P, dtypes of values and queries, kinds: LLM and U-Net of the released model, the embedded model's, the adapters
-# of both, the bare operation, and each further dtype and kind once
+# mode, D, P, dtypes of values and queries, kinds: LLM and U-Net of the released model, those of the embedded model, the
+# adapters of both, the bare operation, and each further dtype and kind once
 LISTED = (
     (MMFS, 64, 8, (BF16, BF16), KINDS),
     (MMFS, 64, 8, (FP32, FP32), KINDS),

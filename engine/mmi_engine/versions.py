@@ -163,12 +163,16 @@ def _devices() -> list[Finding]:
 
 
 def _kernels() -> list[Finding]:
+    """Per device the backend that serves it and why; what each backend could do."""
     import torch
 
     import mmi_kernels
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    findings = [Finding("kernel in use", f"{mmi_kernels.resolve('auto', device)} on {device.type}")]
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    findings = []
+    for device in ("cpu", *(f"cuda:{index}" for index in range(count))):
+        name, why = mmi_kernels.serving(device)
+        findings.append(Finding(f"kernel on {device}", f"{name}: {why}"))
     findings += [Finding(f"kernel {name}", str(reason)) for name, reason in mmi_kernels.backends().items()]
     return findings
 

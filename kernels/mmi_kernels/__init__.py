@@ -1,7 +1,7 @@
 """mmi_kernels: the sampling operation under MMFS, in pure torch and in faster forms.
 
     fused.py       mmfs_attention and deform_attention: projected queries in, sampled values out
-    op.py          deform_sample: checks, picks a backend, calls it; backends() and resolve() tell which
+    op.py          deform_sample: checks, picks a backend, calls it; backends(), resolve() and serving() tell which
     reference.py   pure torch, differentiable: the truth and the fallback
     numba_cpu.py   compiled CPU form, forward and backward (imported on first use)
     mmfs.cu        CUDA source of both attentions and of deform_sample, forward and backward
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from mmi_kernels.errors import KernelUnavailable
 from mmi_kernels.fused import deform_attention, mmfs_attention
-from mmi_kernels.op import BACKENDS, BackendState, backends, deform_sample, resolve
+from mmi_kernels.op import BACKENDS, BackendState, backends, deform_sample, resolve, serving
 
 __all__ = [
     "BACKENDS",
@@ -27,4 +27,5 @@ __all__ = [
     "deform_sample",
     "mmfs_attention",
     "resolve",
+    "serving",
 ]

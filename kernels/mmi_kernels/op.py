@@ -112,6 +112,16 @@ def resolve(backend: str = "auto", device: torch.device | str = "cpu", dtype: to
     return backend
 
 
+def serving(device: torch.device | str) -> tuple[str, str]:
+    """(backend, why) that "auto" takes for float32 tensors on a device; if it is torch, why and the remedy."""
+    device = torch.device(device)
+    name = {"cpu": "numba", "cuda": "cuda"}.get(device.type, "torch")
+    refusal = _refusal(name, device, torch.float32)
+    if refusal:
+        return "torch", f"{refusal[0].lstrip(': ')}; {refusal[1]}"
+    return name, _cuda_state(device.index)[1] if name == "cuda" else backends()[name].reason
+
+
 def _refusal(name: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str] | None:
     """Why a backend cannot serve tensors of this kind here, and the remedy; ``None`` if it can."""
     other = "use 'torch' (or 'auto')"
@@ -123,11 +133,11 @@ def _refusal(name: str, device: torch.device, dtype: torch.dtype) -> tuple[str, 
         if dtype not in _NUMBA_DTYPES:
             return f" computes in float32, not {dtype}", other
     if name == "cuda":
-        if device.type != "cuda":
-            return f" serves CUDA tensors, not {device.type}", f"move them, or {other}"
-        works, found, remedy = _cuda_state(device.index)
+        works, found, remedy = _cuda_state(device.index if device.type == "cuda" else None)
         if not works:
             return f": {found}", remedy
+        if device.type != "cuda":
+            return f" serves CUDA tensors, not {device.type}", f"move them, or {other}"
         if dtype not in cuda_build.KINDS:
             return f" computes in float32, not {dtype}", other
     return None
