@@ -51,6 +51,7 @@ def run(
     compiled: bool = False,
     levels: Sequence[str] = (),
     pattern: str = "",
+    clock: str = "wall",
     on_case: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Verify, then time. Returns {"machine", "figures", "troubles"}, ready for JSON.
@@ -61,6 +62,7 @@ def run(
         compiled: also time torch under `torch.compile`, which needs a C++ compiler and is slow to start.
         levels: what to time, of "op", "attention" (CUDA alone) and "module"; default all the device has.
         pattern: only cases whose name contains it.
+        clock: "wall", or "processor" (op level on a CPU): the process's own time, to be used with one thread.
         on_case: called with the name of each case when its first figure is there.
 
     Raises:
@@ -73,11 +75,13 @@ def run(
     if not set(levels) <= set(has):
         raise UsageError(f"--level {' '.join(levels)}: {device} has {', '.join(has)}")
     levels = [level for level in has if level in (levels or has)]
-    result: dict[str, Any] = {"machine": machine(device), "figures": [], "troubles": []}
+    result: dict[str, Any] = {"machine": machine(device), "clock": clock, "figures": [], "troubles": []}
     rows: list[Iterator[Figure]] = []
     if levels != ["module"]:
         share = seconds * (0.8 if "module" in levels else 1.0)
-        operations = (_cpu if device == "cpu" else partial(_cuda, device, levels))(share, compiled, pattern)
+        operations = (partial(_cpu, clock) if device == "cpu" else partial(_cuda, device, levels))(
+            share, compiled, pattern
+        )
         rows.append(operations)
     if "module" in levels:
         rows.append(modules(device, seconds / (5 if len(levels) > 1 else 1), pattern=pattern))
@@ -102,7 +106,7 @@ def write(result: dict[str, Any], out: Path | None, picture: Path | None) -> Non
         raise OutputError(f"the figures cannot be written: {error}", remedy="choose another file") from error
 
 
-def _cpu(seconds: float, compiled: bool, pattern: str) -> Iterator[Figure]:
+def _cpu(clock: str, seconds: float, compiled: bool, pattern: str) -> Iterator[Figure]:
     from mmi_kernels import backends, bench
 
     cases = [case for case in bench.CASES if pattern in case.name]
@@ -110,7 +114,7 @@ def _cpu(seconds: float, compiled: bool, pattern: str) -> Iterator[Figure]:
     for case in cases:
         where = {"level": "op", "dtype": "float32"}
         try:
-            found = bench.run([case], names=names, seconds=seconds / len(cases) / 2)
+            found = bench.run([case], names=names, seconds=seconds / len(cases) / 2, clock=clock)
         except bench.VerificationError as error:
             yield {**where, "case": case.name, "name": "numba", "reason": str(error)}
             continue

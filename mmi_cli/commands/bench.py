@@ -28,6 +28,13 @@ def bench() -> None:
 )
 @click.option("--case", "pattern", default="", metavar="TEXT", help="Only cases whose name contains TEXT.")
 @click.option("--seconds", type=click.FloatRange(0), default=60.0, show_default=True, help="About how long to measure.")
+@click.option(
+    "--clock",
+    type=click.Choice(["wall", "processor"]),
+    default="wall",
+    show_default=True,
+    help="processor: this process's own time, for a CPU that others use too (op level, with OMP_NUM_THREADS=1).",
+)
 @click.option("--compiled", is_flag=True, help="Also time torch under torch.compile (needs a C++ compiler; slow).")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout instead of the table.")
 @click.option("--out", type=click.Path(path_type=Path), metavar="FILE", help="Write the JSON here.")
@@ -40,6 +47,7 @@ def kernel(
     levels: tuple[str, ...],
     pattern: str,
     seconds: float,
+    clock: str,
     compiled: bool,
     as_json: bool,
     out: Path | None,
@@ -61,6 +69,7 @@ def kernel(
         compiled=compiled,
         levels=levels,
         pattern=pattern,
+        clock=clock,
         on_case=terminal.notice,
     )
     if as_json:
