@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -190,3 +191,32 @@ def test_why_the_kernel_cannot_serve_a_device(
         assert re.search(remedy, caught.value.remedy)
     finally:
         cuda_build.state.cache_clear()
+
+
+@pytest.mark.parametrize("index", [0, 1, None])
+def test_a_launch_makes_its_device_current_unless_it_is(index: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With device 0 current: stream and kernel are those of the tensor's device, and only another one is switched to."""
+    told: list[tuple] = []
+
+    class Switch:
+        def __init__(self, device: int) -> None:
+            told.append(("switch", device))
+
+        def __enter__(self) -> None:
+            told.append(("enter",))
+
+        def __exit__(self, *_: object) -> None:
+            told.append(("exit",))
+
+    def kernel(*arguments: object, stream: object) -> None:
+        told.append((*arguments, stream))
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device", Switch)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=100 + device))
+    monkeypatch.setattr(cuda_build, "_stream", lambda pointer: f"stream {pointer}")
+    monkeypatch.setattr(cuda_build, "_kernel", lambda spec, device: kernel)
+    spec = cuda_build.Spec(torch.float32, torch.float32, 64, 8, cuda_build.MMFS)
+    cuda_build.launch(spec, torch.device("cuda", index) if index is not None else torch.device("cuda"), 7, (1, 2))
+    call = ((7,), (cuda_build.THREADS,), (1, 2), f"stream {100 + (index or 0)}")
+    assert told == ([("switch", 1), ("enter",), call, ("exit",)] if index == 1 else [call])
