@@ -195,7 +195,7 @@ def test_why_the_kernel_cannot_serve_a_device(
 
 @pytest.mark.parametrize("index", [0, 1, None])
 def test_a_launch_makes_its_device_current_unless_it_is(index: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With device 0 current: stream and kernel are those of the tensor's device, and only another one is switched to."""
+    """With device 0 current: stream and kernel are those of the tensor's device; only another is switched to."""
     told: list[tuple] = []
 
     class Switch:
