@@ -23,13 +23,14 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from mmi_engine.errors import OutputError, OutputMismatchError
-from mmi_engine.locks import STATE_DIR, Part, PartLock, guard, live_parts
+from mmi_engine.locks import STATE_DIR, Part, PartLock, guard, live_parts, settle
 from mmi_engine.rows import RowIndex, differences, encode, media_of, parse
 
 if TYPE_CHECKING:
     from PIL import Image
 
 RESULTS, ERRORS, RUN = "results", "errors", "run.json"
+COPIES = "index_files"  # small copies of given pictures, for the gallery alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +107,17 @@ class OutputDir:
                     self._streams[kind] = path.open("ab")
                 self._scratch.mkdir(parents=True, exist_ok=True)
 
+    @contextlib.contextmanager
+    def settling(self) -> Iterator[None]:
+        """Held while ``auto`` choices are made: parts that start together wait and take over the first one's."""
+        with _disk(self.directory):
+            self.directory.mkdir(parents=True, exist_ok=True)
+            with settle(self.directory):
+                yield
+
+    def expect(self, lines: Iterable[int]) -> None:
+        """The manifest lines to come; a directory does not mind their order."""
+
     def _check_identity(self, identity: dict[str, Any], overwrite: bool) -> bool:
         """True when run.json is there with the same identity, False for a directory to begin in."""
         there = self.read_run().get("identity")
@@ -134,6 +146,7 @@ class OutputDir:
             index.add_file(path, repair=False)
         for raw in index.read(index):
             self.remove_media(media_of(json.loads(raw)))
+        shutil.rmtree(self.directory / COPIES, ignore_errors=True)
         for pattern in ("results*.jsonl", "errors*.jsonl", "index*.html", RUN):
             for path in self.directory.glob(pattern):
                 path.unlink()
@@ -163,14 +176,24 @@ class OutputDir:
 
     # -- committing -------------------------------------------------------------------------------------------------
 
-    def commit(self, row: dict[str, Any], media: dict[str, Image.Image]) -> None:
+    def commit(
+        self, row: dict[str, Any], media: dict[str, Image.Image], copies: dict[str, bytes], line: int = 0
+    ) -> None:
         """Write an item's media, then its row; on return both are on disk.
 
         Args:
             row: the result row with its ``id``.
             media: path relative to the directory → RGB picture, written as PNG.
+            copies: name in `COPIES` → encoded picture; what no row needs is swept away with the gallery.
+            line: of the manifest.
         """
         with _disk(self.directory):
+            for name, content in copies.items():
+                draft = self._scratch / "copy"
+                draft.write_bytes(content)
+                target = self.directory / COPIES / name
+                target.parent.mkdir(exist_ok=True)
+                draft.replace(target)
             if media:
                 pending = json.dumps({"id": row["id"], "media": sorted(media)}) + "\n"
                 _write_file(self._pending, pending.encode())
@@ -275,6 +298,23 @@ class OutputDir:
                     path.unlink()
             return True
 
+    def copies_of(self, stem: str) -> list[str]:
+        """The small copies kept for an item, in order, as paths relative to the directory."""
+        names: list[str] = []
+        while (self.directory / COPIES / copy_name(stem, len(names))).exists():
+            names.append(f"{COPIES}/{copy_name(stem, len(names))}")
+        return names
+
+    def sweep_copies(self, needed: set[str]) -> None:
+        """Remove the small copies that no page shows."""
+        with _disk(self.directory):
+            folder = self.directory / COPIES
+            for path in list(folder.iterdir()) if folder.is_dir() else ():
+                if f"{COPIES}/{path.name}" not in needed:
+                    path.unlink()
+            if not needed and folder.is_dir():
+                folder.rmdir()
+
     def is_open(self, entry: Entry) -> bool:
         """Whether a row still has to be worked on, going by the rows indexed last."""
         return entry.line not in self.failed and not (entry.sound and entry.id in self.done)
@@ -328,6 +368,11 @@ class OutputDir:
         """Read, change and replace run.json under the guard."""
         with _disk(self.directory), guard(self.directory):
             self.write_run(change(self.read_run()))
+
+
+def copy_name(stem: str, number: int) -> str:
+    """File name of an item's small copy."""
+    return f"{number}-{stem}.jpg"
 
 
 def live_parts_besides(directory: Path, part: Part) -> list[str]:
