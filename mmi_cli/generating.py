@@ -184,7 +184,9 @@ def _dry_run(
 
 def _summarise(summary: Summary, out: Path | None, options: RunOptions) -> None:
     terminal = console.current()
-    text = f"{summary.done} of {summary.total} done"
+    part = options.part
+    who = f"process {part.rank + 1} of {part.world}: " if part.world > 1 else ""
+    text = f"{who}{summary.done} of {summary.total} done"
     if summary.failed:
         codes = ", ".join(f"{code} {count}" for code, count in sorted(summary.errors.items()))
         text += f", {summary.failed} failed" + (f" ({codes})" if codes else "") + ("; see errors.jsonl" if out else "")

@@ -1,4 +1,4 @@
-"""How this process was started: alone, by `torchrun` / `accelerate launch`, or by a launcher that meant several but made one.
+"""How this process was started: alone, by `torchrun` / `accelerate launch`, or by a launch that went wrong silently.
 
 Place in the flow: `generating.py` asks for rank and world size, and has launches called out that will not do what was
 asked: `accelerate launch --cpu --num_processes 2` and some configuration files start a single process, `srun` and

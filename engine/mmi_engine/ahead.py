@@ -9,7 +9,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -19,7 +19,7 @@ R = TypeVar("R")
 WORKERS = 2
 
 
-def ahead(function: Callable[[T], R], items: Iterable[T], depth: int) -> Iterator[R]:
+def ahead(function: Callable[[T], R], items: Iterable[T], depth: int) -> Generator[R]:
     """`function` of every item, in order, computed up to `depth` items ahead by `WORKERS` threads.
 
     Closing the iterator early drops what has not begun.

@@ -24,7 +24,8 @@ ERRORS_PER_PAGE = 500  # shown on the first page; all are in errors.jsonl
 STYLE = """
 :root { color-scheme: light dark;
   --paper: #faf7f2; --card: #fffdf9; --ink: #2b2620; --soft: #857a6c; --line: #e6dfd3;
-  --made: #b4531f; --made-soft: #fbeee4; --bad: #a3262a; --box: #d81f2a; --shade: 0 1px 2px #3a2d1a14, 0 6px 20px #3a2d1a0d; }
+  --made: #b4531f; --made-soft: #fbeee4; --bad: #a3262a; --box: #d81f2a;
+  --shade: 0 1px 2px #3a2d1a14, 0 6px 20px #3a2d1a0d; }
 @media (prefers-color-scheme: dark) { :root {
   --paper: #171513; --card: #211e1b; --ink: #ece5da; --soft: #9a8f80; --line: #37322c;
   --made: #f0a06c; --made-soft: #33261c; --bad: #f08a86; --shade: 0 1px 2px #0006; } }

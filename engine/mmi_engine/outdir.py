@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from mmi_engine.copies import COPIES, write_copies
 from mmi_engine.errors import OutputError, OutputMismatchError
 from mmi_engine.locks import STATE_DIR, Part, PartLock, guard, live_parts, settle
 from mmi_engine.rows import RowIndex, differences, encode, media_of, parse
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from PIL import Image
 
 RESULTS, ERRORS, RUN = "results", "errors", "run.json"
-COPIES = "index_files"  # small copies of given pictures, for the gallery alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,16 +184,11 @@ class OutputDir:
         Args:
             row: the result row with its ``id``.
             media: path relative to the directory → RGB picture, written as PNG.
-            copies: name in `COPIES` → encoded picture; what no row needs is swept away with the gallery.
+            copies: see `copies.py`; what no row needs is swept away with the gallery.
             line: of the manifest.
         """
         with _disk(self.directory):
-            for name, content in copies.items():
-                draft = self._scratch / "copy"
-                draft.write_bytes(content)
-                target = self.directory / COPIES / name
-                target.parent.mkdir(exist_ok=True)
-                draft.replace(target)
+            write_copies(self.directory, self._scratch, copies)
             if media:
                 pending = json.dumps({"id": row["id"], "media": sorted(media)}) + "\n"
                 _write_file(self._pending, pending.encode())
@@ -298,22 +293,11 @@ class OutputDir:
                     path.unlink()
             return True
 
-    def copies_of(self, stem: str) -> list[str]:
-        """The small copies kept for an item, in order, as paths relative to the directory."""
-        names: list[str] = []
-        while (self.directory / COPIES / copy_name(stem, len(names))).exists():
-            names.append(f"{COPIES}/{copy_name(stem, len(names))}")
-        return names
-
-    def sweep_copies(self, needed: set[str]) -> None:
-        """Remove the small copies that no page shows."""
-        with _disk(self.directory):
-            folder = self.directory / COPIES
-            for path in list(folder.iterdir()) if folder.is_dir() else ():
-                if f"{COPIES}/{path.name}" not in needed:
-                    path.unlink()
-            if not needed and folder.is_dir():
-                folder.rmdir()
+    def complete(self, entries: Iterable[Entry]) -> bool:
+        """Whether nothing is left to do of these rows, whoever did it."""
+        with _disk(self.directory), guard(self.directory):
+            self._index(live_parts_besides(self.directory, self.part))
+        return not any(self.is_open(entry) for entry in entries)
 
     def is_open(self, entry: Entry) -> bool:
         """Whether a row still has to be worked on, going by the rows indexed last."""
@@ -368,11 +352,6 @@ class OutputDir:
         """Read, change and replace run.json under the guard."""
         with _disk(self.directory), guard(self.directory):
             self.write_run(change(self.read_run()))
-
-
-def copy_name(stem: str, number: int) -> str:
-    """File name of an item's small copy."""
-    return f"{number}-{stem}.jpg"
 
 
 def live_parts_besides(directory: Path, part: Part) -> list[str]:

@@ -1,8 +1,8 @@
 """`--batch-size auto`: how many items fit, found by running the first one before the work begins.
 
-Place in the flow: `engine.py` calls `choose` once per output directory, with the model loaded; the size is recorded there
-and resumed runs and other processes take it over. Two sizes are run with a single denoising step, the growth of the peak
-memory between them is what an item costs, and the largest power of two below the bound that fits is taken.
+Place in the flow: `engine.py` calls `choose` once per output directory, with the model loaded; the size is recorded
+there, and resumed runs and other processes take it over. Two sizes are run with a single denoising step, the growth of
+the peak memory between them is what an item costs, and the largest power of two below the bound that fits is taken.
 """
 
 from __future__ import annotations

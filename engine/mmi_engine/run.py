@@ -23,12 +23,13 @@ from typing import Any
 from mmi_engine import gallery
 from mmi_engine.ahead import Writer, ahead
 from mmi_engine.batches import Engine, attempt, buckets
+from mmi_engine.copies import copies_of, copy_name, sweep_copies
 from mmi_engine.data.images import ImageLoader, shrink, small_copy
 from mmi_engine.data.manifest import Manifest, Row, item_seed
 from mmi_engine.errors import GenerationError, Interrupted, ItemError, StoppedError
 from mmi_engine.interrupt import Interrupt
 from mmi_engine.names import Stems
-from mmi_engine.outdir import Entry, OutputDir, copy_name
+from mmi_engine.outdir import Entry, OutputDir
 from mmi_engine.plan import Reporter, RunOptions, Summary, select
 from mmi_engine.stream import StreamOut
 from mmi_engine.tasks import Job, Piece, Task
@@ -131,7 +132,18 @@ class _Worker:
         if self.stopped_by is not None:
             raise StoppedError(str(self.stopped_by), remedy="fix it, or run with --on-error skip")
         self.summary.merged = self.out.consolidate(self.order, self._write_gallery)
+        if self.options.part.world > 1 and self.summary.failed and not self.summary.merged:
+            self._wait_for_the_launch()
         return self.summary
+
+    def _wait_for_the_launch(self) -> None:
+        """A launcher ends all processes when one returns an error: who has failed items returns after the others."""
+        everyone = replace(self.options, part=replace(self.options.part, rank=0, world=1))
+        entries = list(select(self.order, everyone).values())
+        pause = 0.2
+        while isinstance(self.out, OutputDir) and not self.out.complete(entries):
+            time.sleep(pause)
+            pause = min(2 * pause, 10.0)
 
     def _open(self) -> None:
         """Settle who this run is and take hold of the output."""
@@ -228,7 +240,7 @@ class _Worker:
             reading.close()
 
     def _read(self, row: Row) -> _Read:
-        """In a reading thread: the row's pictures decoded, small copies made, the rest no larger than the model needs."""
+        """In a reading thread: pictures decoded and no larger than the model needs, small copies made."""
         try:
             if row.error is not None:
                 raise row.error
@@ -311,21 +323,21 @@ class _Worker:
             self.reporter.notice(text)
 
     def _write_gallery(self) -> None:
-        if not isinstance(self.out, OutputDir):
+        if self.directory is None:
             return
-        shown: set[str] = set()
+        directory, shown = self.directory, set[str]()
 
         def copies(item_id: str) -> list[str]:
-            found = self.out.copies_of(self.stems[item_id]) if self.task.keeps_inputs else []  # type: ignore[union-attr]
+            found = copies_of(directory, self.stems[item_id]) if self.task.keeps_inputs else []
             shown.update(found)
             return found
 
-        if self.options.gallery:
-            files = (self.out.directory / "results.jsonl", self.out.directory / "errors.jsonl")
+        if self.options.gallery and isinstance(self.out, OutputDir):
             rows = (row for row in self.manifest.rows() if row.error is None)
+            files = (directory / "results.jsonl", directory / "errors.jsonl")
             for name, page in gallery.pages(self.task, *files, rows=rows, copies=copies):
                 self.out.write_page(name, page)
-        self.out.sweep_copies(shown)
+        sweep_copies(directory, shown)
 
     def _record(self, state: str) -> None:
         seconds = time.time() - self.started

@@ -29,8 +29,10 @@ Examples (run as they stand in a clone):
 \b
 Rows: a question; several pictures and solved examples; a dialogue with options to rank:
   {"id": "q1", "image": "a.png", "question": "What colour is the ball?"}
-  {"id": "q2", "images": ["x.png", "y.png"], "question": "…", "shots": [{"image": "s.png", "question": "…", "answer": "…"}]}
-  {"id": "d1", "image": "a.png", "caption": "…", "history": [{"question": "…", "answer": "…"}], "question": "…", "options": ["…", "…"]}
+  {"id": "q2", "images": ["x.png", "y.png"], "question": "…",
+   "shots": [{"image": "s.png", "question": "…", "answer": "…"}]}
+  {"id": "d1", "image": "a.png", "caption": "…", "history": [{"question": "…", "answer": "…"}],
+   "question": "…", "options": ["…", "…"]}
 Fields of --template: {image}, {question}, {caption}.
 """
 

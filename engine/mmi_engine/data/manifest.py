@@ -172,7 +172,11 @@ class Manifest:
         if self.format == "folder":
             assert self.path is not None
             for line, name in enumerate(tables.pictures(self.path), 1):
-                yield from_object(line, {"id": name, "image": name})
+                if name.isprintable() or name.encode("utf-8", "ignore").decode() == name:
+                    yield from_object(line, {"id": name, "image": name})
+                else:
+                    error = RowError("the file's name is not UTF-8", remedy="rename it", code="bad_encoding")
+                    yield Row(line, f"{line:0{ID_WIDTH}d}", error=error)
             return
         with self._open() as stream:
             lines = _lines(stream)

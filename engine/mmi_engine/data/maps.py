@@ -1,9 +1,9 @@
 """Semantic maps: class numbers or palette colours in a PNG → a picture in the colours that the model knows.
 
 Place in the flow: `tasks/seg2img.py` loads a row's ``segmentation`` through `load_map`; what comes out is RGB of the
-file's own size. Understood: grey pictures of 8 or 16 bits (the value is the class, 255 or 65535 means unlabelled), palette
-PNGs (their own colours where these are the palette's, else the index is the class), and colour pictures, which are taken
-as they are. Code of what is none of these: ``bad_map``.
+file's own size. Understood: grey pictures of 8 or 16 bits (the value is the class, 255 or 65535 means unlabelled),
+palette PNGs (their own colours where these are the palette's, else the index is the class), and colour pictures, which
+are taken as they are. Code of what is none of these: ``bad_map``.
 """
 
 from __future__ import annotations

@@ -1,12 +1,14 @@
-"""Manifests that are no JSON lines: a folder of pictures, a CSV or TSV with a header, a text file with one thing a line.
+"""Manifests that are no JSON lines: a folder of pictures, a CSV or TSV with a header, a text file of lines.
 
-Place in the flow: `manifest.py` asks what a path is and turns what comes from here into rows. In a table the columns are
-the fields of a row; a cell that begins with ``[`` or ``{`` is read as JSON (lists of images, options, history), an empty
-cell is no field. In a text file a line is the field the command works on: a prompt for `mmi t2i`, a path for `mmi caption`.
+Place in the flow: `manifest.py` asks what a path is and turns what comes from here into rows. In a table the columns
+are the fields of a row; a cell that begins with ``[`` or ``{`` is read as JSON (lists of images, options, history), an
+empty cell is no field. In a text file a line is the field the command works on: a prompt for `mmi t2i`, a path for
+`mmi caption`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import os
@@ -16,9 +18,11 @@ from typing import Any
 
 from mmi_engine.errors import ManifestError, RowError
 
+# Files of a folder that are taken for pictures; what is inside decides when they are loaded.
 SUFFIXES = (
-    [".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".avif", ".jp2", ".tga", ".qoi", ".ico", ".dib"]
-)  # files of a folder that are taken for pictures; what is inside decides when they are loaded
+    *(".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff", ".avif", ".jp2", ".tga", ".qoi"),
+    *(".ico", ".ppm", ".pgm", ".pbm", ".pnm"),
+)
 DELIMITERS = {"csv": ",", "tsv": "\t"}
 
 Found = Iterator[tuple[int, "dict[str, Any] | RowError"]]
@@ -69,7 +73,7 @@ def pictures(folder: Path) -> Iterator[str]:
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         prefix = Path(place).relative_to(folder)
         for name in sorted(files):
-            if not name.startswith(".") and name.lower().endswith(tuple(SUFFIXES)):
+            if not name.startswith(".") and name.lower().endswith(SUFFIXES):
                 yield (prefix / name).as_posix()
 
 
@@ -150,10 +154,8 @@ def _object(header: list[str], cells: list[str]) -> dict[str, Any] | RowError:
             continue
         data[name] = cell
         if cell.lstrip().startswith(("[", "{")):
-            try:
+            with contextlib.suppress(ValueError):  # a text may happen to begin with a bracket
                 data[name] = json.loads(cell)
-            except ValueError:
-                pass  # a text that happens to begin with a bracket
     if isinstance(data.get("seed"), str) and data["seed"].strip().isdigit():
         data["seed"] = int(data["seed"])
     return data

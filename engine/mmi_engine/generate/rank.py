@@ -1,7 +1,8 @@
 """Which of several pictures fits a text best: by the model's own captioning, or by a CLIP model.
 
-Place in the flow: `engine.py` asks for the scores of an item's candidates after drawing them. Both kinds look at one item
-alone and at fixed shapes, so neighbours leave no trace. Source: the paper ranks eight COCO samples by CLIP similarity.
+Place in the flow: `engine.py` asks for the scores of an item's candidates after drawing them. Both kinds look at one
+item alone and at fixed shapes, so neighbours leave no trace. Source: the paper ranks eight COCO samples by CLIP
+similarity.
 """
 
 from __future__ import annotations

@@ -112,6 +112,7 @@ class Task(Protocol):
         makes_images: whether results include pictures.
         keeps_inputs: whether the gallery needs small copies of the pictures that rows give.
         column: the one field that a folder of images or a list of texts fills, None when neither makes sense.
+        decoding: key of `prompts.DECODING`.
         settings: the task's own options that change an item's output.
     """
 
@@ -119,6 +120,7 @@ class Task(Protocol):
     makes_images: bool
     keeps_inputs: bool
     column: str | None
+    decoding: str
     settings: dict[str, Any]
 
     def read(self, row: Row, loader: ImageLoader) -> Job:

@@ -31,7 +31,7 @@ class CaptionTask:
     name = "caption"
     makes_images = False
     keeps_inputs = True
-    column = "image"
+    column: str | None = "image"
 
     def __init__(self, style: str = "short", form: str = "zero-shot", template: str | None = None) -> None:
         self.template = Template.parse(template or CAPTION_PROMPTS[style, form], ("image",))

@@ -2,8 +2,8 @@
 
 Place in the flow: the tasks beside this file ask for a `Template` and fill it with a row's texts and pictures; the
 engine asks for `decoding` below the command line. Two families of models are told apart: ``released`` (the prompts
-and lengths of the paper and its evaluation scripts) and ``toon`` (the embedded model: the same prompts, lengths that fit
-its short texts). Source: paper Table 17; docs/caption.md, docs/vqa.md, docs/ground.md.
+and lengths of the paper and its evaluation scripts) and ``toon`` (the embedded model: the same prompts, lengths that
+fit its short texts). Source: paper Table 17; docs/caption.md, docs/vqa.md, docs/ground.md.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ class Seg2ImgTask:
     name = "seg2img"
     makes_images = True
     keeps_inputs = True
-    column = None
+    column: str | None = None
     decoding = "seg2img"
 
     def __init__(self, palette: Palette, candidates: Candidates | None = None, template: str | None = None) -> None:

@@ -33,7 +33,7 @@ class StoryTask:
     makes_images = True
     decoding = "story"
     keeps_inputs = False  # given frames are written beside the made ones
-    column = None
+    column: str | None = None
 
     def __init__(self, free: int = 0) -> None:
         self.free = free

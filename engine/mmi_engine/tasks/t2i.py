@@ -108,7 +108,7 @@ class T2iTask:
     name = "t2i"
     makes_images = True
     keeps_inputs = False
-    column = "prompt"
+    column: str | None = "prompt"
     decoding = "t2i"
 
     def __init__(self, candidates: Candidates | None = None, template: str | None = None) -> None:
