@@ -65,11 +65,10 @@ def _score(decoder: Decoder, first: Tensor, rows: Sequence[Sequence[int]], lengt
 
 def _extend(decoder: Decoder, ids: Tensor) -> Tensor:
     """Logits ``[B, T, vocabulary]`` behind each of the ids ``[B, T]``; the cache is cut back afterwards."""
-    past = decoder.mask.shape[1]
     steps = torch.arange(1, ids.shape[1] + 1, device=ids.device)[None]
     mask = torch.cat([decoder.mask, decoder.mask.new_ones(ids.shape)], dim=1)
     language = decoder.model.language
     positions = decoder.position + steps
     hidden = language(language.embed(ids), mask, decoder.visual, position_ids=positions, cache=decoder.cache)
-    decoder.cache.crop(past)
+    decoder.cache.crop(-ids.shape[1])
     return _finite(decoder.model.text_head(hidden).float())
