@@ -250,7 +250,7 @@ def _parse_json(raw: bytes) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise RowError(f"not UTF-8 at byte {error.start + 1}", remedy="save as UTF-8", code="bad_encoding") from None
     try:
-        data = json.loads(text, parse_constant=_refuse_constant)
+        data = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite)
     except RecursionError:
         raise RowError("JSON nested too deeply", code="bad_json") from None
     except json.JSONDecodeError as error:
@@ -272,6 +272,13 @@ def _parse_json(raw: bytes) -> dict[str, Any]:
             message = "text holds half of a surrogate pair"
             raise RowError(message, remedy="fix the \\u escape", code="bad_encoding") from None
     return data
+
+
+def _finite(digits: str) -> float:
+    value = float(digits)
+    if value in (float("inf"), float("-inf")):
+        raise ValueError(f"{shorten(digits, 20)} is beyond the range of numbers")
+    return value
 
 
 def _refuse_constant(name: str) -> Any:
