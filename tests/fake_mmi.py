@@ -1,4 +1,4 @@
-"""`mmi` with the fake engine in place of the model: what the examples of the docs and the example scripts run against."""
+"""`mmi` with the fake engine in place of the model: what the examples of docs and scripts run against."""
 
 from __future__ import annotations
 

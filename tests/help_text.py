@@ -17,7 +17,8 @@ Generated from the program (`make docs`); a test keeps it in step.
 
 def pages(command: click.Command, words: tuple[str, ...], parent: click.Context | None) -> Iterator[tuple[str, str]]:
     """(name, help text) of a command and all below it."""
-    context = click.Context(command, info_name=words[-1], parent=parent, terminal_width=100, max_content_width=100)
+    width = {"terminal_width": 100, "max_content_width": 100}
+    context = click.Context(command, info_name=words[-1], parent=parent, help_option_names=["-h", "--help"], **width)
     yield " ".join(words), command.get_help(context)
     if isinstance(command, click.Group):
         for name in command.list_commands(context):

@@ -1,4 +1,4 @@
-"""The docs are true: their examples run, example scripts run, the help is what the program says, links lead somewhere."""
+"""The docs are true: their examples and the example scripts run, the help is the program's, links lead somewhere."""
 
 from __future__ import annotations
 

@@ -101,6 +101,7 @@ def test_llava_marks_are_filled_in_order(source, tmp_path):
     assert content == ["Left", "../source/a.jpg", "right", "../source/b.jpg"]
     assert made[3]["messages"][0]["content"][0]["type"] == "image"
     assert [message["role"] for message in made[0]["messages"]] == ["user", "assistant"] * 2
+    assert readable(tmp_path / "out")  # answered chats are data for training
 
 
 def test_coco_captions_are_gathered_per_picture(source, tmp_path):
