@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -96,6 +98,23 @@ def test_a_folder_is_a_manifest_of_its_pictures(folder, capsys):
     assert main(["vqa", "pictures", "--question", "What?", "--out", "vqa"]) == 0
     assert main(["ground", "pictures", "--expression", "it", "--out", "ground"]) == 0
     assert results("ground")[0]["box"] == [4, 4, 20, 12]
+
+
+def test_an_output_folder_among_the_pictures_is_no_input(folder, monkeypatch):
+    monkeypatch.chdir("pictures")
+    assert main(["ground", ".", "--expression", "it", "--draw", "--out", "drawn"]) == 0
+    assert main(["ground", ".", "--expression", "it", "--draw", "--out", "drawn"]) == 0  # resumed, the same manifest
+    assert [row["id"] for row in results("drawn")] == ["a.jpg", "b.png", "more/c.webp"]
+
+
+def test_process_substitution_of_the_shell(folder):
+    """`mmi vqa <(jq …)`: a pipe that can be read once, pictures relative to the working directory."""
+    os.mkfifo(folder / "pipe")
+    writer = threading.Thread(target=lambda: (folder / "pipe").write_text('{"id": "x", "image": "pictures/b.png"}\n'))
+    writer.start()
+    assert main(["caption", "pipe", "--out", "out", "-q"]) == 0
+    writer.join()
+    assert results("out")[0]["id"] == "x"
 
 
 def test_tables_and_text_files_are_manifests(folder):

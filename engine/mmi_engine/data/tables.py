@@ -16,7 +16,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from mmi_engine.copies import COPIES
 from mmi_engine.errors import ManifestError, RowError
+from mmi_engine.locks import STATE_DIR
 
 # Files of a folder that are taken for pictures; what is inside decides when they are loaded.
 SUFFIXES = (
@@ -60,7 +62,7 @@ def format_of(source: str | os.PathLike[str], column: str | None) -> str:
 def pictures(folder: Path) -> Iterator[str]:
     """Paths of the pictures in a folder and its subfolders, relative to it, `/` between parts, in order of name.
 
-    Hidden files and folders are passed over; links to folders are not followed.
+    Hidden files and folders are passed over, and so are output folders of this program; links are not followed.
 
     Raises:
         ManifestError: the folder cannot be read.
@@ -70,11 +72,17 @@ def pictures(folder: Path) -> Iterator[str]:
         raise ManifestError(f'folder "{folder}" cannot be read: {error.strerror}') from error
 
     for place, folders, files in os.walk(folder, onerror=complain):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        folders[:] = sorted(name for name in folders if not _passed_over(Path(place) / name))
         prefix = Path(place).relative_to(folder)
         for name in sorted(files):
             if not name.startswith(".") and name.lower().endswith(SUFFIXES):
                 yield (prefix / name).as_posix()
+
+
+def _passed_over(folder: Path) -> bool:
+    """Hidden, or written by a run: its pictures are no inputs, and there may be more of them in a moment."""
+    ours = folder.name == COPIES or (folder / "run.json").exists() or (folder / STATE_DIR).exists()
+    return ours or folder.name.startswith(".")
 
 
 def read(kind: str, lines: Iterable[tuple[int, bytes | None]], column: str | None) -> Found:
