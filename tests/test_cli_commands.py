@@ -117,6 +117,25 @@ def test_process_substitution_of_the_shell(folder):
     assert results("out")[0]["id"] == "x"
 
 
+def test_a_single_picture_is_a_manifest_of_one_row(folder, capsys):
+    assert main(["caption", "pictures/a.jpg", "--out", "out", "-q"]) == 0
+    assert [row["id"] for row in results("out")] == ["a.jpg"]
+    assert main(["ground", "pictures/a.jpg", "--expression", "it", "--out", "-", "-q"]) == 0
+    assert main(["vqa", "pictures/a.jpg", "--out", "vqa"]) == 2  # what is asked?
+    assert "no text file" in capsys.readouterr().err
+
+
+def test_what_is_no_manifest_is_refused_as_a_whole(folder, capsys):
+    for name, content, said in (
+        ("rows.json", b'[\n{"image": "x"}]', "jq -c '.[]' rows.json"),
+        ("rows.parquet", b"PAR1....", "mmi data import"),
+        ("rows.jsonl.gz", b"\x1f\x8b\x08\0", "no text file"),
+    ):
+        (folder / name).write_bytes(content)
+        assert main(["caption", name, "--out", "out"]) == 2
+        assert said in capsys.readouterr().err and not (folder / "out").exists()
+
+
 def test_tables_and_text_files_are_manifests(folder):
     table = 'id,image,question,options\nq1,a.jpg,"What, then?","[""x"", ""y""]"\n\nq2,b.png,Who?,\nq3,b.png\n'
     (folder / "pictures/q.csv").write_text(table)

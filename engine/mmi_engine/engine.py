@@ -76,6 +76,7 @@ class ModelEngine:
         self._settings: Any = None
         self._model: Any = None
         self._clip: Any = None
+        self._probing = False
 
     def identity(
         self, rows: int, recorded: dict[str, Any], sample: Callable[[], Job | None] | None = None
@@ -114,6 +115,7 @@ class ModelEngine:
             return
         from mmi_engine.probe import CudaMeter, HostMeter, choose
 
+        self._probing = True
         self.load()
         full, bound = self._settings, self.batch_size
         short = min(4, full.max_new_tokens)
@@ -223,7 +225,7 @@ class ModelEngine:
         threads = f", {resolved['threads']} threads" if resolved["device"] == "cpu" else ""
         self.notice(
             f"{self.choices.model} on {self._device}, {resolved['dtype']}, kernel {resolved['kernel']}{threads}, "
-            f"batch size {self.batch_size if self.choices.batch_size else 'auto'}"
+            f"batch size {'to be tried' if self._probing else self.batch_size}"
         )
         self._model = load_model(self._directory, device=self._device, dtype=_torch_dtype(resolved["dtype"]))
         self._model.set_backend(resolved["kernel"])

@@ -33,6 +33,7 @@ MAX_LINE_BYTES = 256 * 2**20  # a row may hold several pictures as data: URIs
 ID_WIDTH = 6  # default ids: 000001, 000002, … (the line number)
 MAX_SEED = 2**63 - 1
 _SPOOL_BYTES = 32 * 2**20
+_BINARY = (b"PAR1", b"\x89PNG", b"\xff\xd8\xff", b"PK\x03\x04", b"\x1f\x8b", b"\x89HDF", b"GIF8")
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,8 @@ class Manifest:
             folder = self.path if self.format == "folder" else self.path.parent
             if self.format != "folder":
                 self._check_readable(self.path)
+            if self.format == "picture":
+                self._names = [self.path.name]
         if root is not None and not Path(root).is_dir():
             raise ManifestError(f'--root "{root}" is not a folder', remedy="name the folder the images lie in")
         self.root = Path(root) if root is not None else folder
@@ -111,8 +114,21 @@ class Manifest:
             self._names = list(tables.pictures(self.path))
             return
         with self._open() as stream:
-            if stream.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-                raise ManifestError(f"{self.name} is UTF-16", remedy="save it as UTF-8")
+            self._check_head(stream.read(8))
+
+    def _check_head(self, head: bytes) -> None:
+        """Refuse as a whole what is no manifest at all."""
+        if self.format == "picture":
+            return
+        if head[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+            raise ManifestError(f"{self.name} is UTF-16", remedy="save it as UTF-8")
+        if head.startswith(_BINARY):
+            remedy = "name a file of JSON lines; other formats: mmi data import"
+            raise ManifestError(f"{self.name} is no text file", remedy=remedy)
+        if self.name.lower().endswith(".json") and head.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
+            raise ManifestError(
+                f"{self.name} is one JSON array, not JSON lines", remedy=f"jq -c '.[]' {self.name} > rows.jsonl"
+            )
 
     def _fill_spool(self, stream: BinaryIO) -> None:
         """Keep what can be read only once."""
@@ -152,7 +168,7 @@ class Manifest:
     def fingerprint(self) -> str:
         """sha256 of the manifest's bytes, as hex; of a folder, of the names of its pictures."""
         digest = hashlib.sha256()
-        if self.format == "folder":
+        if self.format in ("folder", "picture"):
             for name in self._names:
                 digest.update(name.encode("utf-8", "surrogateescape") + b"\0")
             return digest.hexdigest()
@@ -180,7 +196,7 @@ class Manifest:
             yield row
 
     def _parsed(self) -> Iterator[Row]:
-        if self.format == "folder":
+        if self.format in ("folder", "picture"):
             for line, name in enumerate(self._names, 1):
                 if name.isprintable() or name.encode("utf-8", "ignore").decode() == name:
                     yield from_object(line, {"id": name, "image": name})

@@ -1,4 +1,4 @@
-"""Manifests that are no JSON lines: a folder of pictures, a CSV or TSV with a header, a text file of lines.
+"""Manifests that are no JSON lines: a picture, a folder of them, a CSV or TSV with a header, a text file of lines.
 
 Place in the flow: `manifest.py` asks what a path is and turns what comes from here into rows. In a table the columns
 are the fields of a row; a cell that begins with ``[`` or ``{`` is read as JSON (lists of images, options, history), an
@@ -31,7 +31,7 @@ Found = Iterator[tuple[int, "dict[str, Any] | RowError"]]
 
 
 def format_of(source: str | os.PathLike[str], column: str | None) -> str:
-    """``jsonl``, ``folder``, ``csv``, ``tsv`` or ``text``, by what the path is and its suffix.
+    """``jsonl``, ``folder``, ``picture``, ``csv``, ``tsv`` or ``text``, by what the path is and its suffix.
 
     Args:
         source: as given on the command line.
@@ -47,6 +47,8 @@ def format_of(source: str | os.PathLike[str], column: str | None) -> str:
     except (OSError, ValueError):
         return "jsonl"  # the manifest's own checks say what is wrong
     suffix = path.suffix.lower()
+    if suffix in SUFFIXES and column == "image":
+        return "picture"
     if suffix in (".csv", ".tsv"):
         return suffix[1:]
     if suffix == ".txt":
