@@ -22,7 +22,7 @@ from typing import Any
 
 from mmi_engine import gallery
 from mmi_engine.ahead import Writer, ahead
-from mmi_engine.batches import Engine, attempt, buckets
+from mmi_engine.batches import Engine, as_item_error, attempt, buckets
 from mmi_engine.copies import copies_of, copy_name, sweep_copies
 from mmi_engine.data.images import ImageLoader, shrink, small_copy
 from mmi_engine.data.manifest import Manifest, Row, item_seed
@@ -244,12 +244,15 @@ class _Worker:
         try:
             if row.error is not None:
                 raise row.error
-            job = self.task.read(row, self.loader)
-        except ItemError as error:
-            return _Read(row, error=error)
-        given = [piece.value for piece in job.pieces if piece.kind == "image" and piece.value is not None]
+            return self._prepared(row)
+        except Exception as error:  # a fault that nobody foresaw is this row's alone, too
+            return _Read(row, error=as_item_error(error))
+
+    def _prepared(self, row: Row) -> _Read:
+        job = self.task.read(row, self.loader)
         copies: tuple[bytes, ...] = ()
         if self.task.keeps_inputs and self.options.gallery and self.directory is not None:
+            given = [piece.value for piece in job.pieces if piece.kind == "image" and piece.value is not None]
             shown = given if job.shown is None else job.shown
             copies = tuple(small_copy(picture) for picture in shown[:MAX_COPIES])
         side = self.engine.input_side
@@ -282,8 +285,8 @@ class _Worker:
         copies = {copy_name(stem, number): content for number, content in enumerate(self.copies.pop(row.line, ()))}
         try:
             output = self.task.output(job, pieces, stem, self.engine.image_size)
-        except ItemError as error:
-            self._failed(row, error)
+        except Exception as error:
+            self._failed(row, as_item_error(error))
             return
         result: dict[str, Any] = {"id": row.id, **output.fields}
         if row.meta is not None:
