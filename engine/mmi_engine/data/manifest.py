@@ -137,15 +137,15 @@ class Manifest:
         self._spool = spool
         weakref.finalize(self, spool.close)
 
-    @staticmethod
-    def _check_readable(path: Path) -> None:
+    def _check_readable(self, path: Path) -> None:
+        remedy = "check the path, or use - to read from standard input"
+        if self.column == "prompt" and " " in str(path):
+            remedy = """one prompt: echo '{"prompt": "…"}' | mmi t2i - --out DIR"""
         try:
             if path.is_dir():
                 raise ManifestError(f'manifest "{path}" is a folder', remedy="name a JSONL file in it")
             if not path.is_file():  # a device would end nowhere
-                raise ManifestError(
-                    f'manifest "{path}" not found', remedy="check the path, or use - to read from standard input"
-                )
+                raise ManifestError(f'manifest "{path}" not found', remedy=remedy)
             with path.open("rb"):
                 pass
         except (OSError, ValueError) as error:
