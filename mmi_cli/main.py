@@ -72,8 +72,9 @@ class LazyGroup(click.Group):
         try:
             return super().resolve_command(ctx, args)
         except click.UsageError as error:
-            error.message += f" Did you mean '{guesses[0]}'?" if guesses and "Did you mean" not in error.message else ""
-            raise
+            if not guesses or "Did you mean" in error.message:
+                raise
+            raise click.UsageError(f"{error.message} Did you mean '{guesses[0]}'?", ctx) from None
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Help lines from the table, without an import."""
