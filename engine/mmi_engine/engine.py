@@ -199,6 +199,10 @@ class ModelEngine:
             own.pop("temperature", None)
         if "max_new_tokens" in named:
             own["min_new_tokens"] = min(own.get("min_new_tokens", 0), named["max_new_tokens"])
+        elif "min_new_tokens" in named and "max_new_tokens" in own:
+            own["max_new_tokens"] = max(own["max_new_tokens"], named["min_new_tokens"])
+        if named.get("top_p", 1.0) < 1.0 and not (named.get("temperature") or own.get("temperature")):
+            raise UsageError("--top-p needs sampled text", remedy="add --temperature 1")
         chosen = {
             **own,
             "steps": defaults.fast_steps if self.choices.fast else defaults.steps,

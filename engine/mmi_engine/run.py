@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -220,7 +221,7 @@ class _Worker:
 
     def _jobs(self, todo: set[int], interrupt: Interrupt) -> Generator[Job]:
         """Jobs of the rows to do, read ahead; rows that cannot become one go straight to the errors."""
-        rows = (row for row in self.manifest.rows() if row.line in todo)
+        rows = islice((row for row in self.manifest.rows() if row.line in todo), len(todo))
         reading = ahead(self._read, rows, depth=min(64, max(4, 2 * self.engine.batch_size)))
         try:
             for found in reading:
