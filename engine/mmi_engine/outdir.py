@@ -305,11 +305,12 @@ class OutputDir:
                     path.unlink()
             return True
 
-    def complete(self, entries: Iterable[Entry]) -> bool:
-        """Whether nothing is left to do of these rows, whoever did it."""
+    def complete(self, entries: Iterable[Entry]) -> tuple[bool, bool]:
+        """Whether nothing is left to do of these rows, whoever did it; and whether others are at work."""
         with _disk(self.directory), guard(self.directory):
-            self._index(live_parts_besides(self.directory, self.part))
-        return not any(self.is_open(entry) for entry in entries)
+            others = live_parts_besides(self.directory, self.part)
+            self._index(others)
+        return not any(self.is_open(entry) for entry in entries), bool(others)
 
     def is_open(self, entry: Entry) -> bool:
         """Whether a row still has to be worked on, going by the rows indexed last."""

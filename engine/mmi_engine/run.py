@@ -37,6 +37,7 @@ from mmi_engine.tasks import Job, Piece, Task
 
 __all__ = ["Reporter", "RunOptions", "Summary", "run", "select"]
 
+LAUNCH_GRACE_S = 60.0  # how long a process that has failed items waits for others that it does not see
 MAX_COPIES = 12  # given pictures of one item that the gallery shows
 
 
@@ -141,10 +142,15 @@ class _Worker:
         """A launcher ends all processes when one returns an error: who has failed items returns after the others."""
         everyone = replace(self.options, part=replace(self.options.part, rank=0, world=1))
         entries = list(select(self.order, everyone).values())
-        pause = 0.2
-        while isinstance(self.out, OutputDir) and not self.out.complete(entries):
+        pause, alone_since = 0.2, time.monotonic()
+        while isinstance(self.out, OutputDir):
+            finished, others = self.out.complete(entries)
+            if others:
+                alone_since = time.monotonic()
+            if finished or time.monotonic() - alone_since > LAUNCH_GRACE_S:
+                return
             time.sleep(pause)
-            pause = min(2 * pause, 10.0)
+            pause = min(2 * pause, 5.0)
 
     def _open(self) -> None:
         """Settle who this run is and take hold of the output."""
