@@ -19,21 +19,74 @@ R = TypeVar("R")
 WORKERS = 2
 
 
-def ahead(function: Callable[[T], R], items: Iterable[T], depth: int) -> Generator[R]:
-    """`function` of every item, in order, computed up to `depth` items ahead by `WORKERS` threads.
+class _Budget:
+    """How much the results that wait may weigh; a thread that would begin another one waits until some are taken."""
+
+    def __init__(self, most: int) -> None:
+        self._most, self._held, self._taken, self._closed = most, 0, 0, False
+        self._changed = threading.Condition()
+
+    def begin(self, number: int) -> None:
+        """Wait until there is room for item `number`; the one that is taken next always has it."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._held <= self._most or number <= self._taken or self._closed)
+
+    def add(self, weight: int) -> None:
+        """A result waits."""
+        with self._changed:
+            self._held += weight
+
+    def take(self, weight: int) -> None:
+        """A result was taken."""
+        with self._changed:
+            self._held -= weight
+            self._taken += 1
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Nobody needs to wait any more."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+
+def ahead(
+    function: Callable[[T], R], items: Iterable[T], depth: int, weight: Callable[[R], int], most: int
+) -> Generator[R]:
+    """`function` of every item, in order, computed ahead by `WORKERS` threads.
 
     Closing the iterator early drops what has not begun.
+
+    Args:
+        function, items: what is computed of what.
+        depth: how many results may wait.
+        weight: of a result; while those that wait weigh more than `most`, nothing further is begun.
     """
-    waiting: deque[Future[R]] = deque()
+    budget = _Budget(most)
+
+    def work(number: int, item: T) -> tuple[R, int]:
+        budget.begin(number)
+        result = function(item)
+        weighs = weight(result)
+        budget.add(weighs)
+        return result, weighs
+
+    def take(future: Future[tuple[R, int]]) -> R:
+        result, weighs = future.result()
+        budget.take(weighs)
+        return result
+
+    waiting: deque[Future[tuple[R, int]]] = deque()
     pool = ThreadPoolExecutor(WORKERS, thread_name_prefix="mmi-read")
     try:
-        for item in items:
-            waiting.append(pool.submit(function, item))
+        for number, item in enumerate(items):
+            waiting.append(pool.submit(work, number, item))
             if len(waiting) >= depth:
-                yield waiting.popleft().result()
+                yield take(waiting.popleft())
         while waiting:
-            yield waiting.popleft().result()
+            yield take(waiting.popleft())
     finally:
+        budget.close()
         pool.shutdown(wait=True, cancel_futures=True)
 
 

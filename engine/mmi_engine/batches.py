@@ -55,7 +55,7 @@ class Engine(Protocol):
         ...
 
     def shape(self, job: Job) -> Hashable:
-        """Items with equal shapes may share a batch. Called after `load`."""
+        """Items with equal shapes may share a batch. Called after `load`; raises ItemError where none can be made."""
         ...
 
     def fill(self, jobs: Sequence[Job], seeds: Sequence[int], batch_size: int) -> list[list[Piece]]:
@@ -116,11 +116,13 @@ def attempt(
         yield job, pieces, reduced
 
 
-def buckets(jobs: Iterable[Job], shape: Any, batch_size: int) -> Iterator[list[Job]]:
-    """Batches of equal shape, in the order in which they fill up; reads ahead `WINDOW` batches at most."""
+def buckets(jobs: Iterable[tuple[Job, Hashable]], batch_size: int) -> Iterator[list[Job]]:
+    """Jobs with their shapes as batches of equal shape, in the order in which these fill up.
+
+    At most `WINDOW` batches' worth of jobs wait.
+    """
     waiting: dict[Hashable, list[Job]] = {}
-    for job in jobs:
-        key = shape(job)
+    for job, key in jobs:
         bucket = waiting.setdefault(key, [])
         bucket.append(job)
         if len(bucket) == batch_size:

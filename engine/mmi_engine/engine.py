@@ -235,9 +235,13 @@ class ModelEngine:
         self._model.set_backend(resolved["kernel"])
 
     def shape(self, job: Job) -> Hashable:
-        """Kind, padded context length and images before every missing piece; a text yet to be made counts as empty."""
+        """Kind, padded context length and images before every missing piece; a text yet to be made counts as empty.
+
+        Raises:
+            TextTooLongError: it is clear already that the item does not fit.
+        """
         from mmi_engine import sequence
-        from mmi_engine.generate.interleave import padded
+        from mmi_engine.generate.interleave import check_room, padded
 
         config = self._model.config
         known = [sequence.Piece(piece.kind, piece.value or "") for piece in job.pieces]
@@ -247,7 +251,9 @@ class ModelEngine:
                 before = sequence.tokenize(known[:index], self._model.tokenizer, config.tokens, config.tokens_per_image)
                 images = sum(earlier.kind == "image" for earlier in known[:index])
                 kind = "options" if piece.options else piece.kind
-                shape.append((kind, padded(len(before.ids) + (piece.kind == "image")), images))
+                length = len(before.ids) + (piece.kind == "image")
+                check_room(config, index, length + (self._settings.max_new_tokens if kind == "text" else 0), images)
+                shape.append((kind, padded(length), images))
         return tuple(shape)
 
     def fill(self, jobs: Sequence[Job], seeds: Sequence[int], batch_size: int) -> list[list[Piece]]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -38,6 +38,7 @@ from mmi_engine.tasks import Job, Piece, Task
 __all__ = ["Reporter", "RunOptions", "Summary", "run", "select"]
 
 LAUNCH_GRACE_S = 60.0  # how long a process that has failed items waits for others that it does not see
+MAX_AHEAD_BYTES = 2**30  # of pictures that are read ahead
 MAX_COPIES = 12  # given pictures of one item that the gallery shows
 
 
@@ -83,6 +84,12 @@ class _Read:
     job: Job | None = None
     copies: tuple[bytes, ...] = ()
     error: ItemError | None = None
+
+    @property
+    def weight(self) -> int:
+        """Bytes of its pictures."""
+        pictures = [piece.value for piece in self.job.pieces if piece.kind == "image"] if self.job else []
+        return sum(3 * picture.width * picture.height for picture in pictures if picture is not None)
 
 
 class _Worker:
@@ -216,7 +223,7 @@ class _Worker:
         self.writer = Writer(depth=max(4, 2 * self.engine.batch_size))
         jobs = self._jobs(set(todo), interrupt)
         try:
-            for batch in buckets(jobs, self.engine.shape, self.engine.batch_size):
+            for batch in buckets(jobs, self.engine.batch_size):
                 self._do(batch)
                 if interrupt.requested or self.stopped_by is not None:
                     break
@@ -225,10 +232,11 @@ class _Worker:
             jobs.close()
             self.writer.abandon()
 
-    def _jobs(self, todo: set[int], interrupt: Interrupt) -> Generator[Job]:
-        """Jobs of the rows to do, read ahead; rows that cannot become one go straight to the errors."""
+    def _jobs(self, todo: set[int], interrupt: Interrupt) -> Generator[tuple[Job, Hashable]]:
+        """Jobs of the rows to do with their shapes, read ahead; what cannot become one goes to the errors at once."""
         rows = islice((row for row in self.manifest.rows() if row.line in todo), len(todo))
-        reading = ahead(self._read, rows, depth=min(64, max(4, 2 * self.engine.batch_size)))
+        depth = min(64, max(4, 2 * self.engine.batch_size))
+        reading = ahead(self._read, rows, depth, lambda found: found.weight, MAX_AHEAD_BYTES)
         try:
             for found in reading:
                 if interrupt.requested or self.stopped_by is not None:
@@ -240,7 +248,12 @@ class _Worker:
                 self.copies[found.row.line] = found.copies
                 if found.job.to_generate:
                     self._load_once()
-                    yield found.job
+                    try:
+                        shape = self.engine.shape(found.job)
+                    except Exception as error:
+                        self._failed(found.row, as_item_error(error))
+                        continue
+                    yield found.job, shape
                 else:
                     self._finished(found.job, found.job.pieces, reduced=False)
         finally:

@@ -25,6 +25,7 @@ from mmi_engine.generate.image import Denoising, ImageRequest, denoise, to_image
 from mmi_engine.generate.score import option_scores
 from mmi_engine.generate.settings import Settings
 from mmi_engine.generate.text import Prompt, generate_text
+from mmi_engine.model.config import ModelConfig
 from mmi_engine.model.interleaved import MMInterleaved
 from mmi_engine.model.vision import VisualOutput
 from mmi_engine.sequence import Piece, context_columns, pad_rows, tokenize
@@ -112,7 +113,7 @@ class Maker:
         self.tokens, self.config = model.config.tokens, model.config
         self.plan = Denoising.choose(settings, model.config.generation)
         self.dtype = model.boi_embedding.dtype
-        self.limit = int(model.config.language.transformers["max_position_embeddings"])
+        self.limit = context_limit(model.config)
 
     def round(self, documents: list[Document]) -> bool:
         """Make one piece of every unfinished document; False when there was none."""
@@ -157,18 +158,8 @@ class Maker:
         """What must agree within a batch: kind, padded length, number of images."""
         piece, length = document.pieces[index], len(self._ids(document, index))
         kind = "options" if piece.options else str(piece.kind)
-        room = self.limit - (self.settings.max_new_tokens if kind == "text" else 0)
-        if length > room:
-            raise TextTooLongError(
-                f"piece {index} needs a context of {length} tokens, the model holds {room}",
-                remedy="shorten the texts or use fewer images",
-            )
-        most = self.config.language.mmfs.max_images - 1 if self.config.language.mmfs is not None else length
-        if len(document.encoded) > most:
-            raise TextTooLongError(
-                f"piece {index} stands behind {len(document.encoded)} images, the model tells {most} apart",
-                remedy="use fewer images",
-            )
+        new_tokens = self.settings.max_new_tokens if kind == "text" else 0
+        check_room(self.config, index, length + new_tokens, len(document.encoded))
         return kind, padded(length), len(document.encoded)
 
     def encode(self, wanted: list[tuple[Document, int]]) -> None:
@@ -300,6 +291,26 @@ class Maker:
             for level in levels
         ]
         return maps, torch.ones(len(rows), count, dtype=torch.long, device=device)
+
+
+def context_limit(config: ModelConfig) -> int:
+    """Tokens that the language model holds."""
+    return int(config.language.transformers["max_position_embeddings"])
+
+
+def check_room(config: ModelConfig, index: int, tokens: int, images: int) -> None:
+    """Raises TextTooLongError where piece ``index`` needs too many tokens or stands behind too many images."""
+    limit = context_limit(config)
+    if tokens > limit:
+        raise TextTooLongError(
+            f"piece {index} needs a context of {tokens} tokens, the model holds {limit}",
+            remedy="shorten the texts or use fewer images",
+        )
+    most = config.language.mmfs.max_images - 1 if config.language.mmfs is not None else images
+    if images > most:
+        raise TextTooLongError(
+            f"piece {index} stands behind {images} images, the model tells {most} apart", remedy="use fewer images"
+        )
 
 
 def invariant_rows(batch_size: int, device: torch.device) -> int:
