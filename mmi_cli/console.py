@@ -90,7 +90,7 @@ class Console:
         hint = "" if self.verbosity >= 2 else "; run again with -vv for the traceback"
         self._say("error", text + hint, code="unexpected")
 
-    def event(self, name: str, text: str, *, always: bool = False, **fields: Any) -> None:
+    def event(self, name: str, text: str, /, *, always: bool = False, **fields: Any) -> None:
         """A line of plain text, or with the JSON log an object with `fields`; hidden by ``-q`` unless `always`."""
         if always or self.verbosity >= 0:
             self._say("notice", text, event=name, **fields)
@@ -127,7 +127,7 @@ class Console:
             task = bar.add_task(verb, total=None)
             yield lambda done, total: bar.update(task, completed=done, total=total)
 
-    def _say(self, level: str, text: str, **fields: Any) -> None:
+    def _say(self, level: str, text: str, /, **fields: Any) -> None:
         if self.json_log:
             named = {"time": round(time.time(), 3), "level": "error" if level == "item" else level}
             self.stream.write(json.dumps({**named, "message": text, **fields}, ensure_ascii=False) + "\n")

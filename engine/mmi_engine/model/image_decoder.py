@@ -116,7 +116,7 @@ class ImageDecoder(nn.Module):
         if steps is None:
             steps = torch.randint(self.scheduler.config.num_train_timesteps, (len(latents),), device=latents.device)
         noisy = self.scheduler.add_noise(latents, noise, steps)
-        prediction = self.unet(noisy, steps, tokens, vision)
+        prediction = self.unet(noisy.to(tokens.dtype), steps, tokens, vision)
         velocity = self.scheduler.config.prediction_type == "v_prediction"
         target = self.scheduler.get_velocity(latents, noise, steps) if velocity else noise
         per_image = F.mse_loss(prediction.float(), target.float(), reduction="none").mean(dim=(1, 2, 3))

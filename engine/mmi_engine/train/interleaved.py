@@ -19,6 +19,7 @@ import torch
 from accelerate import PartialState
 from PIL import Image
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from mmi_engine.errors import ConfigError
 from mmi_engine.model.checkpoint import load_model, save_model
@@ -34,6 +35,8 @@ from mmi_engine.train.data import Batch, Mixture, describe
 from mmi_engine.train.recipe import Recipe
 from mmi_engine.train.vae import load_codec, to_float
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "bf16-pure": torch.bfloat16}
+"""In which the weights enter the model; ``bf16`` leaves the casting to autocast."""
 PREVIEW_STORIES = 3
 LATENT_ERROR = 0.1
 """Standard deviation of the noise on scaled latents that stands for errors of sampling."""
@@ -49,16 +52,30 @@ class InterleavedObjective(nn.Module):
         noise_repeats: noise levels per picture.
         redrawn: share of pictures that the encoder sees as the codec draws them. In a story the model reads its own
             pictures back, which are never as sharp as the ones it is trained on.
+        dtype: in which forward and backward pass compute; the weights stay in float32 and are cast for every batch.
+            Unlike autocast nothing in between goes back to float32, save softmax, statistics of norms and losses.
     """
 
-    def __init__(self, model: MMInterleaved, noise_repeats: int, redrawn: float = 0.0) -> None:
+    def __init__(
+        self,
+        model: MMInterleaved,
+        noise_repeats: int,
+        redrawn: float = 0.0,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         super().__init__()
-        self.model, self.noise_repeats, self.redrawn = model, noise_repeats, redrawn
+        self.model, self.noise_repeats, self.redrawn, self.dtype = model, noise_repeats, redrawn, dtype
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Total loss, and L_NTP and L_NIP apart."""
         inputs = self._as_drawn(batch.inputs) if self.redrawn and self.training else batch.inputs
-        output = self.model(inputs, noise_repeats=self.noise_repeats)
+        if self.dtype == torch.float32:
+            output = self.model(inputs, noise_repeats=self.noise_repeats)
+        else:
+            weights = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
+            cast = {n: w.to(self.dtype) if w.is_floating_point() else w for n, w in weights.items()}
+            inputs = replace(inputs, images=inputs.images.to(self.dtype))
+            output = functional_call(self.model, cast, (inputs,), {"noise_repeats": self.noise_repeats})
         parts = {"text": output.loss_text.detach()}
         if output.loss_image is not None:
             parts["image"] = output.loss_image.detach()

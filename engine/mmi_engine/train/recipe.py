@@ -126,7 +126,8 @@ class LoopConfig:
     accumulate: int = 1
     """Micro-batches per optimizer step."""
     precision: str = "fp32"
-    """``fp32`` or ``bf16`` (autocast; weights stay fp32)."""
+    """``fp32``, ``bf16`` (autocast) or ``bf16-pure`` (forward and backward pass in bf16 throughout; ``interleaved``
+    only). Weights and optimizer stay fp32 in all of them."""
     ema: float = 0.999
     """Decay of the averaged weights that are evaluated and exported; 0 switches averaging off."""
     threads: int = 0
@@ -143,7 +144,8 @@ class LoopConfig:
         positive = ("steps", "batch_size", "accumulate", "log_every", "keep_checkpoints", "eval_every", "eval_samples")
         for name in positive:
             _require(getattr(self, name) > 0, f"loop.{name} must be positive")
-        _require(self.precision in ("fp32", "bf16"), "loop.precision must be 'fp32' or 'bf16'")
+        known = ("fp32", "bf16", "bf16-pure")
+        _require(self.precision in known, f"loop.precision must be one of {', '.join(known)}")
         _require(0 <= self.ema < 1, "loop.ema must be in [0, 1)")
 
 
