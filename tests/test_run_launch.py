@@ -155,3 +155,13 @@ class Memory:
 def test_the_batch_size_is_the_largest_that_leaves_room(free, base, each, bound, expected):
     memory = Memory(free, base, each)
     assert choose(memory.run, bound, memory) == expected
+
+
+@pytest.mark.parametrize("command", ["story", "t2i"])
+def test_auto_tries_stories_and_candidates_by_their_last_piece(command, data, tmp_path, capsys):
+    """Whatever is tried first, the results are those of the size that is taken."""
+    fixed = ["--model", str(data / "model"), *FIXED, *OPTIONS[command]]
+    assert main([command, str(data / f"{command}.jsonl"), "--out", str(tmp_path / "auto"), *fixed]) == 3
+    assert "batch size 4 (auto" in capsys.readouterr().err
+    go(data, command, tmp_path / "named", "--batch-size", "4")
+    assert tree(tmp_path / "auto") == tree(tmp_path / "named")

@@ -121,13 +121,25 @@ class ModelEngine:
         short = min(4, full.max_new_tokens)
         self._settings = replace(full, steps=1, max_new_tokens=short, min_new_tokens=min(full.min_new_tokens, short))
         meter = HostMeter() if self._device == "cpu" else CudaMeter(self._device)
-        single = replace(job, candidates=1, rank=None)
+        single = self._last_piece_of(job)
         try:
             size = choose(lambda size: self._try(single, size), bound, meter)
         finally:
             self._settings = full
         self.batch_size = self.resolved["batch_size"] = size
         self.notice(f"batch size {size} (auto: at most {bound} here, and what the first item leaves room for)")
+
+    def _last_piece_of(self, job: Job) -> Job:
+        """The job with all missing pieces but the last filled in: that one has the longest context."""
+        from PIL import Image
+
+        missing = [index for index, piece in enumerate(job.pieces) if piece.value is None]
+        blank = {"text": "", "image": Image.new("RGB", (self.image_size, self.image_size), (128, 128, 128))}
+        pieces = [
+            replace(piece, value=blank[piece.kind]) if index in missing[:-1] else piece
+            for index, piece in enumerate(job.pieces)
+        ]
+        return replace(job, pieces=pieces, free=0 if missing else min(job.free, 1), candidates=1, rank=None)
 
     def _try(self, job: Job, size: int) -> None:
         """The sample in a batch of `size`; a fault of the item is none of the probe's."""
