@@ -28,7 +28,9 @@ def test_captions_known_answers():
     parts = cider.cider(true, said)
     assert np.allclose(parts, [5.725405994, 1.395299091, 0.303187256], atol=1e-9)
     assert parts.mean() == pytest.approx(2.474630780, abs=1e-9)
-    assert np.allclose(bleu.bleu(bleu.statistics(true, said).sum(0)), [0.705882, 0.550019, 0.479153, 0.450675], atol=1e-6)
+    assert np.allclose(
+        bleu.bleu(bleu.statistics(true, said).sum(0)), [0.705882, 0.550019, 0.479153, 0.450675], atol=1e-6
+    )
     assert rouge.rouge_l(true, said).mean() == pytest.approx(0.627403063, abs=1e-9)
 
 

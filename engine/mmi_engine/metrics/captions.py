@@ -13,6 +13,7 @@ from functools import partial
 
 import numpy as np
 
+from mmi_engine.errors import RowError
 from mmi_engine.metrics import fields
 from mmi_engine.metrics.base import Measure, Options, Scores, mean_measure
 from mmi_engine.metrics.bleu import ORDERS, bleu, statistics
@@ -43,7 +44,7 @@ class _Captions:
         words = [tokenize(caption) for caption in fields.texts(pair.reference, "captions", "caption")]
         words = [reference for reference in words if reference]
         if not words:
-            raise fields.RowError("no reference caption has a word in it", code="bad_row")
+            raise RowError("no reference caption has a word in it", code="bad_row")
         return words
 
     def prediction(self, pair: Pair) -> Words:

@@ -53,7 +53,13 @@ _NEGATED = re.compile(r"(\w)n't(?!\w)")
 def tokenize(caption: str) -> list[str]:
     """Lower-case words of a caption, punctuation left out."""
     text = caption.translate(_SMART).lower()
-    if text.isascii() and text.replace(" ", "").isalpha() and "nn" not in text and "mm" not in text and "tt" not in text:
+    if (
+        text.isascii()
+        and text.replace(" ", "").isalpha()
+        and "nn" not in text
+        and "mm" not in text
+        and "tt" not in text
+    ):
         return text.split()  # nothing to split or to drop
     text = _NEGATED.sub(r"\1 n't", text)
     words: list[str] = []

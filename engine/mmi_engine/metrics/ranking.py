@@ -95,10 +95,14 @@ class Ranking:
         """See `Metric.score`. A missing list has the right answer last and gains nothing."""
         measures: list[Measure] = []
         if any(relevance is not None for _, relevance, _ in references):
-            parts = [_ndcg_part(said, relevance) for said, (_, relevance, _) in zip(predictions, references, strict=True)]
+            parts = [
+                _ndcg_part(said, relevance) for said, (_, relevance, _) in zip(predictions, references, strict=True)
+            ]
             measures.append(mean_measure("NDCG", parts, "%"))
         if any(right is not None for *_, right in references):
-            ranks = np.array([_rank(said, k, right) for said, (k, _, right) in zip(predictions, references, strict=True)])
+            ranks = np.array(
+                [_rank(said, k, right) for said, (k, _, right) in zip(predictions, references, strict=True)]
+            )
             missing = np.array([said is None for said in predictions])
             known = ~np.isnan(ranks)
             share = np.where(known, 100.0 / ranks, np.nan)

@@ -75,7 +75,9 @@ class Rec:
 
     def score(self, references: list[Box], predictions: list[Box | None]) -> Scores:
         """See `Metric.score`."""
-        overlap = np.array([iou(said, true) if said else 0.0 for said, true in zip(predictions, references, strict=True)])
+        overlap = np.array(
+            [iou(said, true) if said else 0.0 for said, true in zip(predictions, references, strict=True)]
+        )
         hits = overlap >= THRESHOLD if self.options.released else overlap > THRESHOLD
         measures = [mean_measure("REC accuracy", 100.0 * hits, "%"), mean_measure("mean IoU", overlap)]
         measures[0].parts = 100.0 * hits

@@ -1,56 +1,16 @@
-"""The table of metrics: name → where it is, what it reads, what it says. Imports none of them.
+"""Metrics by name, imported when they are made.
 
-Place in the flow: the command line lists these names, `score.py` makes a metric from one. A new metric is one entry.
+Place in the flow: `score.py` makes a metric from a name in the table of `names.py`.
 """
 
 from __future__ import annotations
 
 import importlib
-from dataclasses import dataclass
 from typing import Any
 
 from mmi_engine.errors import UsageError
 from mmi_engine.metrics.base import Metric, Options
-
-VARIANTS = ("default", "released")
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One metric: module and class, reference fields, result field, a line of help.
-
-    `auto`: chosen when none is named and the references have the fields; `needs`: an option it cannot do without.
-    """
-
-    module: str
-    attribute: str
-    reference: tuple[str, ...]
-    result: str
-    help: str
-    auto: bool = False
-    needs: str | None = None
-
-
-METRICS: dict[str, Entry] = {
-    "cider": Entry("captions", "Cider", ("captions", "caption"), "caption", "CIDEr-D × 100", auto=True),
-    "bleu": Entry("captions", "Bleu", ("captions", "caption"), "caption", "BLEU-1 to BLEU-4 × 100", auto=True),
-    "rouge": Entry("captions", "RougeL", ("captions", "caption"), "caption", "ROUGE-L × 100", auto=True),
-    "vqa": Entry("vqa", "Vqa", ("answers",), "answer", "VQA accuracy over several human answers"),
-    "vizwiz": Entry("vqa", "VizWiz", ("answers",), "answer", "VQA accuracy and answerability AP"),
-    "exact": Entry("vqa", "Exact", ("answers", "answer"), "answer", "exact match after VQA normalisation"),
-    "rec": Entry("rec", "Rec", ("box",), "box", "REC accuracy: IoU over 0.5", auto=True),
-    "ranking": Entry("ranking", "Ranking", ("options",), "ranking", "NDCG, MRR, R@k, mean rank", auto=True),
-    "fid": Entry("frechet", "Fid", ("image", "frames"), "image", "FID: Inception features at 299 px", needs="inception"),
-    "fid64": Entry("frechet", "Fid64", ("image", "frames"), "image", "FID of pictures at 64 px", needs="inception"),
-    "kid": Entry("kid", "Kid", ("image", "frames"), "image", "KID × 1000: Inception features", needs="inception"),
-    "fd-encoder": Entry("frechet", "EncoderFd", ("image", "frames"), "image", "Fréchet distance, own encoder (no FID)"),
-    "kd-encoder": Entry("kid", "EncoderKd", ("image", "frames"), "image", "kernel distance, own encoder (no KID)"),
-    "clip-i": Entry("clip", "ClipImage", ("image", "frames"), "image", "CLIP similarity to the true picture", needs="clip"),
-    "clip-t": Entry("clip", "ClipText", ("prompt", "frames"), "image", "CLIP similarity to the text", needs="clip"),
-    "miou": Entry("miou", "MIoU", ("labels", "segmentation"), "image", "mIoU of label maps or re-read pictures"),
-    "psnr": Entry("pixels", "Psnr", ("image", "frames"), "image", "PSNR to the true picture, dB"),
-    "ssim": Entry("pixels", "Ssim", ("image", "frames"), "image", "SSIM to the true picture"),
-}
+from mmi_engine.metrics.names import METRICS
 
 
 def make(name: str, options: Options) -> Metric:
@@ -77,7 +37,9 @@ def choose(reference: dict[str, Any], result: dict[str, Any]) -> list[str]:
     fits = [
         name
         for name, entry in METRICS.items()
-        if entry.auto and entry.result in result and any(key in reference for key in entry.reference)
+        if entry.auto
+        and any(key in result for key in entry.result)
+        and any(key in reference for key in entry.reference)
     ]
     answers = reference.get("answers")
     if "answer" in result and isinstance(answers, list):

@@ -23,7 +23,10 @@ UNANSWERABLE = frozenset({"unanswerable", "unsuitable", "unsuitable image"})
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _PERIOD = re.compile(r"\.(?!\d)")
 _COMMA_IN_NUMBER = re.compile(r"\d,\d")
-_NUMBERS = {word: str(k) for k, word in enumerate("zero one two three four five six seven eight nine ten".split())}
+_NUMBERS = {
+    word: str(k)
+    for k, word in enumerate(["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"])
+}
 _NUMBERS["none"] = "0"
 _ARTICLES = frozenset({"a", "an", "the"})
 
