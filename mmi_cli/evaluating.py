@@ -172,7 +172,7 @@ def number(measure: Measure) -> str:
 
 def interval(measure: Measure) -> str:
     """The 95 % interval, or a dash."""
-    if not measure.low == measure.low:
+    if measure.low != measure.low:  # NaN
         return "–"
     digits = 4 if abs(measure.value) < 1 else 2
     count = 0 if measure.draws is None else len(measure.draws)
@@ -222,9 +222,7 @@ def _write_comparison(found: list[Comparison], references: References, out: Path
 def _show_comparison(comparison: Comparison) -> None:
     terminal = console.current()
     base = comparison.cards[0]
-    terminal.out(
-        f"{comparison.metric} · {base.variant} · {base.items} items · differences from {base.run}, paired, 95 % interval"
-    )
+    terminal.out(f"{comparison.metric} · {base.variant} · {base.items} items · paired differences from {base.run}")
     header = ("run", "measure", "score", "interval", "difference", "of which 95 %", "p", "without result")
     rows = []
     for k, card in enumerate(comparison.cards):

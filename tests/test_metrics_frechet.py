@@ -88,7 +88,8 @@ def test_inception_has_the_published_weights_names_and_size():
     )  # the file: 95 628 359 with its index
     for name, shape in {
         "Conv2d_1a_3x3.conv.weight": (32, 3, 3, 3), "Mixed_5b.branch5x5_2.bn.running_var": (64,),
-        "Mixed_6c.branch7x7dbl_4.conv.weight": (160, 160, 7, 1), "Mixed_7c.branch3x3dbl_3a.conv.weight": (384, 384, 1, 3),
+        "Mixed_6c.branch7x7dbl_4.conv.weight": (160, 160, 7, 1),
+        "Mixed_7c.branch3x3dbl_3a.conv.weight": (384, 384, 1, 3),
         "Mixed_7a.branch7x7x3_4.conv.weight": (192, 192, 3, 3), "Mixed_7c.branch_pool.conv.weight": (192, 2048, 1, 1),
         "fc.weight": (1008, 2048),
     }.items():  # fmt: skip

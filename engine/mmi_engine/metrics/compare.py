@@ -1,8 +1,8 @@
 """Runs side by side: the same metrics, the same items, differences with paired tests.
 
-Place in the flow: `mmi eval A B … --references R` calls `compare`; `plot.py` draws what it returns. The first run is the
-baseline. Under ``missing="skip"`` only the items that every run has a usable result for are compared; under ``wrong``
-every run answers for all of them.
+Place in the flow: `mmi eval A B … --references R` calls `compare`; `plot.py` draws what it returns. The first run is
+the baseline. Under ``missing="skip"`` only the items that every run has a usable result for are compared; under
+``wrong`` every run answers for all of them.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Features of many pictures: in batches, with progress, each file once, kept by the hash of its bytes.
 
-Place in the flow: `frechet.py`, `kid.py` and `clip.py` hand over pictures and an `Extractor`. The cache is one SQLite file
-per extractor and weights (``CACHE/NAME-FINGERPRINT.sqlite``: sha256 of the file → float32 bytes), safe to share between
-processes; deleting it costs time only.
+Place in the flow: `frechet.py`, `kid.py` and `clip.py` hand over pictures and an `Extractor`. The cache is one SQLite
+file per extractor and weights (``CACHE/NAME-FINGERPRINT.sqlite``: sha256 of the file → float32 bytes), safe to share
+between processes; deleting it costs time only.
 """
 
 from __future__ import annotations

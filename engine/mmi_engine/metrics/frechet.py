@@ -1,8 +1,9 @@
 """Fréchet distance between two sets of pictures: FID with Inception features, a distance of its own name with others.
 
-Place in the flow: pictures → `features.py` → mean and covariance → distance. Source: Dowson and Landau (1982); Heusel et
-al., *GANs trained by a two time-scale update rule* (2017). The released script makes its pictures 64 px first (bicubic,
-centre crop): that is ``fid64``, the variant behind the paper's figures; ``fid`` takes them as they are to 299 px.
+Place in the flow: pictures → `features.py` → mean and covariance → distance. Source: Dowson and Landau (1982); Heusel
+et al., *GANs trained by a two time-scale update rule* (2017). The released script makes its pictures 64 px first
+(bicubic, centre crop): that is ``fid64``, the variant behind the paper's figures; ``fid`` takes them as they are to 299
+px.
 
 The interval resamples the distance's first-order expansion (its influence function), which costs one matrix product and
 has none of the upward bias that drawing items twice would add. Shapes: X, Y ``[n, d]``.
@@ -42,6 +43,12 @@ def _eigenvalues(matrix: np.ndarray) -> np.ndarray:
     return np.asarray(torch.linalg.eigvalsh(torch.from_numpy(np.ascontiguousarray(matrix))).numpy())
 
 
+def _roots(values: np.ndarray) -> np.ndarray:
+    """Square roots of the eigenvalues of a matrix without negative ones; what rounding left of zeros is zero."""
+    noise = len(values) * np.finfo(np.float64).eps * max(float(values.max(initial=0.0)), 0.0)
+    return np.asarray(np.sqrt(np.where(values > noise, values, 0.0)))
+
+
 def _factor(cov: np.ndarray) -> np.ndarray:
     """L with L Lᵀ = cov: Cholesky's, or the symmetric root where the matrix is singular."""
     try:
@@ -54,7 +61,7 @@ def _factor(cov: np.ndarray) -> np.ndarray:
 def frechet(mean_a: np.ndarray, cov_a: np.ndarray, mean_b: np.ndarray, cov_b: np.ndarray) -> float:
     """|μa - μb|² + tr(Σa + Σb - 2 (Σa Σb)^½). With Σb = L Lᵀ the last trace is the sum of the roots of Lᵀ Σa L."""
     half = _factor(cov_b)
-    roots = np.sqrt(np.maximum(_eigenvalues(half.T @ cov_a @ half), 0.0))
+    roots = _roots(_eigenvalues(half.T @ cov_a @ half))
     return float(((mean_a - mean_b) ** 2).sum() + np.trace(cov_a) + np.trace(cov_b) - 2.0 * roots.sum())
 
 
@@ -84,7 +91,7 @@ def _by_rows(x: np.ndarray, y: np.ndarray) -> tuple[float, list[np.ndarray]]:
     n = len(x)
     inner = x @ y.T / (n - 1)
     values, vectors = _eigen(inner @ inner.T)
-    roots = np.sqrt(np.maximum(values, 0.0))
+    roots = _roots(values)
     other = (inner.T @ vectors) ** 2 @ _inverse(roots)
     return float(roots.sum()), [(n - 1) * (vectors**2 @ roots), (n - 1) * other]
 
@@ -96,7 +103,7 @@ def _by_columns(x: np.ndarray, y: np.ndarray) -> tuple[float, list[np.ndarray]]:
     tiny = 1e-10 * max(float(np.trace(cov_y)) / len(cov_y), 1e-30)
     half = np.linalg.cholesky(cov_y + tiny * np.eye(len(cov_y)))
     values, vectors = _eigen(half.T @ cov_x @ half)
-    roots = np.sqrt(np.maximum(values, 0.0))
+    roots = _roots(values)
     forth = (x @ (half @ vectors)) ** 2 @ _inverse(roots)
     back = (y @ np.linalg.solve(half.T, vectors)) ** 2 @ roots
     return float(roots.sum()), [forth, back]
@@ -153,8 +160,8 @@ class _SetDistance:
         scores.problems = blame(problems, counts)
         if len(true) <= self.extractor.width:
             scores.notes.append(
-                f"{len(true)} pictures for {self.extractor.width} features: the distance is biased upwards; compare only "
-                "with runs of as many pictures"
+                f"{len(true)} pictures for {self.extractor.width} features: the distance is biased upwards; compare "
+                "only with runs of as many pictures"
             )
         return scores
 

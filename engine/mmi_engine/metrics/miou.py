@@ -1,8 +1,9 @@
 """Mean IoU of label maps, or of pictures read back by a segmenter.
 
 Place in the flow: true maps (``labels``, ``meta.labels`` or ``segmentation``: class ids in a grey or palette PNG, 0 is
-unlabelled) and made ones (``labels`` of the result row, else its picture through `segmenter.py`) → intersections and unions
-per item and class → one mean over classes. Counts are summed over all items first, so a resample is a matrix product.
+unlabelled) and made ones (``labels`` of the result row, else its picture through `segmenter.py`) → intersections and
+unions per item and class → one mean over classes. Counts are summed over all items first, so a resample is a matrix
+product.
 
 The default is the mean over the classes present in the truth, label 0 ignored. The released script takes the mean over
 all 150 classes, those that are absent counting 0.

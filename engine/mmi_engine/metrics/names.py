@@ -12,7 +12,8 @@ from dataclasses import dataclass
 class Entry:
     """One metric: module and class, reference fields, result field, a line of help.
 
-    `result`: fields of the result row, one of which must be there. `auto`: chosen when none is named and the references have the fields; `needs`: an option it cannot do without.
+    `result`: fields of the result row, one of which must be there. `auto`: chosen when none is named and the references
+    have the fields; `needs`: an option it cannot do without.
     """
 
     module: str

@@ -1,9 +1,9 @@
 """Which pictures of an item are compared, and with what.
 
-Place in the flow: metrics of pictures (`frechet.py`, `kid.py`, `clip.py`, `pixels.py`) ask here. A row with an ``image``
-(or ``meta.image``, as the built-in data has it) is one picture. A story is one per frame that was to be made: of a
-manifest as `mmi story` reads it, the frames without an image, whose true ones are in ``meta.images``; of a complete
-story, the frames listed in ``target``, else those that the result says were generated, else all but the first.
+Place in the flow: metrics of pictures (`frechet.py`, `kid.py`, `clip.py`, `pixels.py`) ask here. A row with an
+``image`` (or ``meta.image``, as the built-in data has it) is one picture. A story is one per frame that was to be made:
+of a manifest as `mmi story` reads it, the frames without an image, whose true ones are in ``meta.images``; of a
+complete story, the frames listed in ``target``, else those that the result says were generated, else all but the first.
 
 A missing picture counts as a plain grey one: nothing was drawn.
 """

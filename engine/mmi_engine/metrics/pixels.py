@@ -1,7 +1,7 @@
 """PSNR and SSIM of a made picture against the true one, pixel by pixel.
 
-Place in the flow: pictures → a value per picture, mean per item. Both need pictures of equal size; another size makes the
-item unusable instead of being resized in silence. PSNR is 10 log10(255² / MSE), 100 dB for equal pictures; SSIM is
+Place in the flow: pictures → a value per picture, mean per item. Both need pictures of equal size; another size makes
+the item unusable instead of being resized in silence. PSNR is 10 log10(255² / MSE), 100 dB for equal pictures; SSIM is
 torchmetrics' (Wang et al. 2004: Gaussian window of 11 px, σ 1.5), mean over colours and pixels.
 """
 

@@ -3,8 +3,8 @@
 Place in the flow: the first step of `captions.py`. The COCO caption evaluation runs Stanford's PTBTokenizer (3.4.1,
 lower case) and then drops punctuation; this module follows that tokeniser's behaviour on the English that captions are
 made of: contractions are split (``is n't``, ``man 's``, ``can not``), hyphenated words, numbers, times, fractions and
-addresses stay whole, brackets become ``-lrb-`` and stay, known abbreviations keep their period. docs/eval.md says how far
-the two agree.
+addresses stay whole, brackets become ``-lrb-`` and stay, known abbreviations keep their period. docs/eval.md says how
+far the two agree.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Ranked answers of visual dialogue: NDCG, MRR, recall at k, mean rank.
 
-Place in the flow: rows (``options`` with ``relevance`` and/or the right answer / ``ranking`` or ``scores``) → a rank per
-option → measures. Source: Das et al., *Visual Dialog* (2017) and its challenge: NDCG over the first k options, k being
-how many are relevant at all, gains linear in the relevance.
+Place in the flow: rows (``options`` with ``relevance`` and/or the right answer / ``ranking`` or ``scores``) → a rank
+per option → measures. Source: Das et al., *Visual Dialog* (2017) and its challenge: NDCG over the first k options, k
+being how many are relevant at all, gains linear in the relevance.
 
 The released script's history misses the round before the question: that changes what is generated, not how it is
 scored, so the variants are equal here.

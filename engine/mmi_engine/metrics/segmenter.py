@@ -1,8 +1,8 @@
 """Pictures back to label maps: OneFormer through transformers, or the embedded world's oracle.
 
-Place in the flow: `miou.py` asks when a result has a picture and no map. The released evaluation reads its pictures with
-a OneFormer trained on ADE20K; its classes 0 to 149 are ids 1 to 150 of the maps. Shapes: picture → ids ``[h, w]`` of
-the true map's size.
+Place in the flow: `miou.py` asks when a result has a picture and no map. The released evaluation reads its pictures
+with a OneFormer trained on ADE20K; its classes 0 to 149 are ids 1 to 150 of the maps. Shapes: picture → ids ``[h, w]``
+of the true map's size.
 """
 
 from __future__ import annotations
