@@ -23,10 +23,15 @@ from mmi_engine.errors import MMIError
 
 # name → (module, attribute, one line of help); the order of `mmi --help`
 COMMANDS: dict[str, tuple[str, str, str]] = {
+    "caption": ("mmi_cli.commands.caption", "caption", "Describe pictures."),
+    "vqa": ("mmi_cli.commands.vqa", "vqa", "Answer questions about pictures; rank options of a dialogue."),
+    "ground": ("mmi_cli.commands.ground", "ground", "Find the box of what an expression describes."),
+    "t2i": ("mmi_cli.commands.t2i", "t2i", "Draw pictures from text."),
+    "seg2img": ("mmi_cli.commands.seg2img", "seg2img", "Draw pictures from semantic maps."),
     "story": ("mmi_cli.commands.story", "story", "Fill in the missing pictures and texts of stories."),
     "train": ("mmi_cli.commands.train", "train", "Pre-train or fine-tune by a named recipe."),
     "eval": ("mmi_cli.commands.eval", "eval_", "Measure a model on a suite of test items."),
-    "data": ("mmi_cli.commands.data", "data", "Validate manifests; make the built-in data."),
+    "data": ("mmi_cli.commands.data", "data", "Import, validate and make data."),
     "model": ("mmi_cli.commands.model", "model", "Look into model directories."),
     "recipe": ("mmi_cli.commands.recipe", "recipe", "List, show and copy the training recipes."),
     "verify": ("mmi_cli.commands.verify", "verify", "Check the numbers of this installation."),
@@ -84,7 +89,7 @@ def share_environment(command: click.Command) -> None:
 )
 @click.version_option(__version__, "--version", prog_name="mmi")
 def cli() -> None:
-    """Interleaved image-text generation: fill in stories, train, verify.
+    """Interleaved image-text generation: describe, answer, find, draw, tell stories; train, measure, verify.
 
     Without a download: the embedded toon model is the default everywhere.
     """

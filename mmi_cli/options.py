@@ -101,6 +101,26 @@ class IdsType(click.ParamType):
 
 manifest_argument = click.argument("manifest", metavar="MANIFEST")
 
+out_option = click.option("--out", metavar="DIR", help="Output folder; a run that is there already is resumed.")
+out_or_stream = click.option(
+    "--out", metavar="DIR|-", help="Output folder; a run that is there already is resumed. - streams rows to stdout."
+)
+template_option = click.option("--template", metavar="TEXT", help="Your own prompt, fields in braces.  [see below]")
+candidate_options = stack(
+    click.option(
+        "--candidates",
+        metavar="N",
+        type=click.IntRange(1, 1000),
+        default=1,
+        show_default=True,
+        help="Pictures drawn per row; all are kept unless --rerank.",
+    ),
+    click.option(
+        "--rerank", metavar="MODEL|self", help="Keep the best: by a CLIP model directory, or by the model's captioning."
+    ),
+    click.option("--keep-all", is_flag=True, help="With --rerank: write every candidate, not the best alone."),
+)
+
 input_options = stack(
     click.option("--root", metavar="DIR", help="Folder image paths are relative to.  [default: the manifest's]"),
     click.option("--allow-urls", is_flag=True, help="Fetch http(s) images."),
@@ -117,7 +137,13 @@ model_options = stack(
 )
 
 batch_options = stack(
-    click.option("--batch-size", type=BatchSizeType(), default="auto", show_default=True, help="Items at a time."),
+    click.option(
+        "--batch-size",
+        type=BatchSizeType(),
+        default="auto",
+        show_default=True,
+        help="Items at a time; auto tries the first item.",
+    ),
     click.option("--seed", metavar="S", type=click.IntRange(0), default=0, show_default=True, help="Seed of the run."),
 )
 

@@ -112,7 +112,7 @@ def test_data_check_knows_the_rows_of_all_commands(tmp_path, capsys):
         {
             "images": ["a.png", "a.png"],
             "question": "which?",
-            "shots": [{"image": "a.png", "question": "", "answer": ""}],
+            "shots": [{"image": "a.png", "question": "what?", "answer": "x"}],
         },
         {"segmentation": "a.png", "prompt": "a room"},
         {"prompt": "a bus"},

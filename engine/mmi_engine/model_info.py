@@ -64,6 +64,24 @@ def locate(name: str) -> Path:
     return directory
 
 
+def family_of(name: str) -> str:
+    """``toon`` for the embedded model and what was trained from it, else ``released``; by the configuration's name."""
+    return "toon" if name.startswith("toon") else "released"
+
+
+def family(name: str) -> str:
+    """Family of a model by embedded name or path: whose prompts and lengths it knows.
+
+    Raises:
+        ModelError: it is not there, or has no readable configuration.
+    """
+    path = locate(name) / "config.json"
+    try:
+        return family_of(str(json.loads(path.read_text(encoding="utf-8"))["name"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ModelError(f"{path} cannot be read", remedy="restore the model directory") from None
+
+
 def weight_files(directory: Path) -> list[Path]:
     """The safetensors files of a model directory, sorted by name."""
     return sorted(directory.glob("*.safetensors"))

@@ -22,8 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from mmi_engine.copies import COPIES, write_copies
 from mmi_engine.errors import OutputError, OutputMismatchError
-from mmi_engine.locks import STATE_DIR, Part, PartLock, guard, live_parts
+from mmi_engine.locks import STATE_DIR, Part, PartLock, guard, live_parts, settle
 from mmi_engine.rows import RowIndex, differences, encode, media_of, parse
 
 if TYPE_CHECKING:
@@ -106,6 +107,17 @@ class OutputDir:
                     self._streams[kind] = path.open("ab")
                 self._scratch.mkdir(parents=True, exist_ok=True)
 
+    @contextlib.contextmanager
+    def settling(self) -> Iterator[None]:
+        """Held while ``auto`` choices are made: parts that start together wait and take over the first one's."""
+        with _disk(self.directory):
+            self.directory.mkdir(parents=True, exist_ok=True)
+            with settle(self.directory):
+                yield
+
+    def expect(self, lines: Iterable[int]) -> None:
+        """The manifest lines to come; a directory does not mind their order."""
+
     def _check_identity(self, identity: dict[str, Any], overwrite: bool) -> bool:
         """True when run.json is there with the same identity, False for a directory to begin in."""
         there = self.read_run().get("identity")
@@ -134,6 +146,7 @@ class OutputDir:
             index.add_file(path, repair=False)
         for raw in index.read(index):
             self.remove_media(media_of(json.loads(raw)))
+        shutil.rmtree(self.directory / COPIES, ignore_errors=True)
         for pattern in ("results*.jsonl", "errors*.jsonl", "index*.html", RUN):
             for path in self.directory.glob(pattern):
                 path.unlink()
@@ -163,14 +176,19 @@ class OutputDir:
 
     # -- committing -------------------------------------------------------------------------------------------------
 
-    def commit(self, row: dict[str, Any], media: dict[str, Image.Image]) -> None:
+    def commit(
+        self, row: dict[str, Any], media: dict[str, Image.Image], copies: dict[str, bytes], line: int = 0
+    ) -> None:
         """Write an item's media, then its row; on return both are on disk.
 
         Args:
             row: the result row with its ``id``.
             media: path relative to the directory → RGB picture, written as PNG.
+            copies: see `copies.py`; what no row needs is swept away with the gallery.
+            line: of the manifest.
         """
         with _disk(self.directory):
+            write_copies(self.directory, self._scratch, copies)
             if media:
                 pending = json.dumps({"id": row["id"], "media": sorted(media)}) + "\n"
                 _write_file(self._pending, pending.encode())
@@ -274,6 +292,12 @@ class OutputDir:
                 for path in self.directory.glob(f"{kind}-*.jsonl"):
                     path.unlink()
             return True
+
+    def complete(self, entries: Iterable[Entry]) -> bool:
+        """Whether nothing is left to do of these rows, whoever did it."""
+        with _disk(self.directory), guard(self.directory):
+            self._index(live_parts_besides(self.directory, self.part))
+        return not any(self.is_open(entry) for entry in entries)
 
     def is_open(self, entry: Entry) -> bool:
         """Whether a row still has to be worked on, going by the rows indexed last."""

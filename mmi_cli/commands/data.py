@@ -9,7 +9,7 @@ import click
 from mmi_cli import console
 from mmi_cli.options import SETTINGS, input_options, manifest_argument, message_options
 
-KINDS = ("auto", "story")
+KINDS = ("auto", "caption", "vqa", "ground", "t2i", "seg2img", "story")
 
 
 @click.group("data", context_settings=SETTINGS)
@@ -25,11 +25,12 @@ def data() -> None:
 def check(manifest: str, task: str, root: str | None, allow_urls: bool) -> int:
     """Read every row and every image of MANIFEST; exit code 3 when some would fail."""
     from mmi_engine.check import check as check_manifest
+    from mmi_engine.check import task_named
     from mmi_engine.data.images import ImageLoader
     from mmi_engine.data.manifest import Manifest
-    from mmi_engine.tasks import StoryTask
 
-    source = Manifest(manifest, root=root)
+    column = {"caption": "image", "t2i": "prompt", "auto": "image"}.get(task)
+    source = Manifest(manifest, root=root, column=column)
     loader = ImageLoader(source.root, allow_urls=allow_urls)
     terminal = console.current()
     shown = 0
@@ -39,7 +40,8 @@ def check(manifest: str, task: str, root: str | None, allow_urls: bool) -> int:
         terminal.item_error(place, error, shown)  # type: ignore[arg-type]
         shown += 1
 
-    report = check_manifest(source, StoryTask() if task == "story" else None, loader, on_error=on_error)
+    wanted = None if task == "auto" else task_named(task)
+    report = check_manifest(source, wanted, loader, on_error=on_error)
     codes = "".join(f", {code} {count}" for code, count in sorted(report.errors.items()))
     terminal.event(
         "check",

@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from mmi_engine.data import tables
 from mmi_engine.errors import ManifestError, RowError
 
 MAX_LINE_BYTES = 256 * 2**20  # a row may hold several pictures as data: URIs
@@ -67,14 +68,22 @@ class Manifest:
         source: path of a JSONL file, or ``-`` for standard input.
         root: folder that image paths are relative to; default the manifest's folder, for ``-`` the working directory.
         stdin: replaces standard input (for embedding).
+        column: the one field of a row that a folder of pictures (``image``) or a list of texts fills, see `tables.py`.
 
     Raises:
         ManifestError: the file is missing, is no regular file, cannot be read, or is UTF-16.
     """
 
     def __init__(
-        self, source: str | os.PathLike[str], *, root: str | Path | None = None, stdin: BinaryIO | None = None
+        self,
+        source: str | os.PathLike[str],
+        *,
+        root: str | Path | None = None,
+        stdin: BinaryIO | None = None,
+        column: str | None = None,
     ):
+        self.column = column
+        self.format = tables.format_of(source, column)
         self._spool: BinaryIO | None = None
         if str(source) == "-":
             self.path: Path | None = None
@@ -87,12 +96,15 @@ class Manifest:
         else:
             self.path = Path(source)
             self.name = self.path.name
-            folder = self.path.parent
-            self._check_readable(self.path)
+            folder = self.path if self.format == "folder" else self.path.parent
+            if self.format != "folder":
+                self._check_readable(self.path)
         if root is not None and not Path(root).is_dir():
             raise ManifestError(f'--root "{root}" is not a folder', remedy="name the folder the images lie in")
         self.root = Path(root) if root is not None else folder
         self.root_label = os.path.relpath(self.root, folder)  # stays the same when the whole tree moves
+        if self.format == "folder":
+            return
         with self._open() as stream:
             if stream.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
                 raise ManifestError(f"{self.name} is UTF-16", remedy="save it as UTF-8")
@@ -126,8 +138,13 @@ class Manifest:
             raise ManifestError(f'manifest "{self.path}" cannot be read: {error.strerror}') from error
 
     def fingerprint(self) -> str:
-        """sha256 of the manifest's bytes, as hex."""
+        """sha256 of the manifest's bytes, as hex; of a folder, of the names of its pictures."""
         digest = hashlib.sha256()
+        if self.format == "folder":
+            assert self.path is not None
+            for name in tables.pictures(self.path):
+                digest.update(name.encode("utf-8", "surrogateescape") + b"\0")
+            return digest.hexdigest()
         with self._open() as stream:
             for block in iter(lambda: stream.read(2**20), b""):
                 digest.update(block)
@@ -139,21 +156,38 @@ class Manifest:
         An id that occurred before makes the later row an error (`duplicate_id`): the first one wins.
         """
         seen: set[str] = set()
+        for row in self._parsed():
+            if row.error is None:
+                if row.id in seen:
+                    error = RowError(
+                        f'id "{shorten(row.id)}" occurs before',
+                        remedy="ids must be unique; the first row with it was kept",
+                        code="duplicate_id",
+                    )
+                    row = Row(row.line, row.id, row.data, error)
+                seen.add(row.id)
+            yield row
+
+    def _parsed(self) -> Iterator[Row]:
+        if self.format == "folder":
+            assert self.path is not None
+            for line, name in enumerate(tables.pictures(self.path), 1):
+                if name.isprintable() or name.encode("utf-8", "ignore").decode() == name:
+                    yield from_object(line, {"id": name, "image": name})
+                else:
+                    error = RowError("the file's name is not UTF-8", remedy="rename it", code="bad_encoding")
+                    yield Row(line, f"{line:0{ID_WIDTH}d}", error=error)
+            return
         with self._open() as stream:
-            for line, raw in _lines(stream):
-                row = parse_row(line, raw)
-                if row is None:
-                    continue
-                if row.error is None:
-                    if row.id in seen:
-                        error = RowError(
-                            f'id "{shorten(row.id)}" occurs before',
-                            remedy="ids must be unique; the first row with it was kept",
-                            code="duplicate_id",
-                        )
-                        row = Row(row.line, row.id, row.data, error)
-                    seen.add(row.id)
-                yield row
+            lines = _lines(stream)
+            if self.format == "jsonl":
+                rows = (parse_row(line, raw) for line, raw in lines)
+            else:
+                found = tables.read(self.format, lines, self.column)
+                rows = (
+                    parsed if isinstance(parsed, Row) else from_object(line, parsed) for line, parsed in _as_rows(found)
+                )
+            yield from (row for row in rows if row is not None)
 
 
 def _lines(stream: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
@@ -186,14 +220,28 @@ def parse_row(line: int, raw: bytes | None) -> Row | None:
         return None
     try:
         data = _parse_json(raw)
-        row_id = _row_id(data, default)
     except RowError as error:
         return Row(line, default, error=error)
+    return from_object(line, data)
+
+
+def from_object(line: int, data: dict[str, Any]) -> Row:
+    """A row from an object that is already parsed. Never raises."""
+    try:
+        row_id = _row_id(data, f"{line:0{ID_WIDTH}d}")
+    except RowError as error:
+        return Row(line, f"{line:0{ID_WIDTH}d}", error=error)
     try:
         _check_common(data)
     except RowError as error:
         return Row(line, row_id, data, error)
     return Row(line, row_id, data)
+
+
+def _as_rows(found: Iterator[tuple[int, dict[str, Any] | RowError]]) -> Iterator[tuple[int, Any]]:
+    """Errors of a table's rows as `Row`s, objects as they are."""
+    for line, value in found:
+        yield line, Row(line, f"{line:0{ID_WIDTH}d}", error=value) if isinstance(value, RowError) else value
 
 
 def _parse_json(raw: bytes) -> dict[str, Any]:
@@ -202,7 +250,7 @@ def _parse_json(raw: bytes) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise RowError(f"not UTF-8 at byte {error.start + 1}", remedy="save as UTF-8", code="bad_encoding") from None
     try:
-        data = json.loads(text, parse_constant=_refuse_constant)
+        data = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite)
     except RecursionError:
         raise RowError("JSON nested too deeply", code="bad_json") from None
     except json.JSONDecodeError as error:
@@ -224,6 +272,13 @@ def _parse_json(raw: bytes) -> dict[str, Any]:
             message = "text holds half of a surrogate pair"
             raise RowError(message, remedy="fix the \\u escape", code="bad_encoding") from None
     return data
+
+
+def _finite(digits: str) -> float:
+    value = float(digits)
+    if value in (float("inf"), float("-inf")):
+        raise ValueError(f"{shorten(digits, 20)} is beyond the range of numbers")
+    return value
 
 
 def _refuse_constant(name: str) -> Any:
