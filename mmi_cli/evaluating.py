@@ -119,7 +119,8 @@ def _one(options: dict[str, Any], names: list[str], references: References, run:
 
 def run_of(run: Results) -> dict[str, Any]:
     """What run.json says of the model and settings behind the results."""
-    identity = run.run.get("identity") if isinstance(run.run.get("identity"), dict) else {}
+    identity = run.run.get("identity")
+    identity = identity if isinstance(identity, dict) else {}
     return {"results": Path(run.name).name, **{key: identity[key] for key in ("model", "settings") if key in identity}}
 
 
@@ -165,18 +166,21 @@ def remarks(card: Card) -> None:
 
 def number(measure: Measure) -> str:
     """The value with its unit."""
-    digits = 4 if abs(measure.value) < 1 else 2
     unit = f" {measure.unit}" if measure.unit else ""
-    return f"{measure.value:.{digits}f}{unit}"
+    return f"{measure.value:.{digits(measure)}f}{unit}"
+
+
+def digits(measure: Measure) -> int:
+    """Decimals worth showing: two of shares and of large numbers, else four."""
+    return 2 if measure.unit or abs(measure.value) >= 10 else 4
 
 
 def interval(measure: Measure) -> str:
     """The 95 % interval, or a dash."""
     if measure.low != measure.low:  # NaN
         return "–"
-    digits = 4 if abs(measure.value) < 1 else 2
-    count = 0 if measure.draws is None else len(measure.draws)
-    return f"[{measure.low:.{digits}f} … {measure.high:.{digits}f}]  {count} resamples"
+    places, count = digits(measure), 0 if measure.draws is None else len(measure.draws)
+    return f"[{measure.low:.{places}f} … {measure.high:.{places}f}]  {count} resamples"
 
 
 def _several(

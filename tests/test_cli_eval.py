@@ -46,11 +46,11 @@ def test_a_card_for_every_score_and_metrics_json(tmp_path, references, capsys):
     code, out, err = run(capsys, tmp_path / "out", references)
     assert code == 0
     assert "cider · default · 3 items · missing 0, failed 0, unusable 0 (counted as wrong) · 2 references each" in out
-    assert "CIDEr  247.46  [" in out and "ROUGE-L  62.74  [" in out and "BLEU-4  45.07  [" in out
+    assert "CIDEr  2.4746  [" in out and "ROUGE-L  0.6274  [" in out and "BLEU-4  0.4507  [" in out
     assert "metrics that fit these rows: cider, bleu, rouge" in err and "the idf comes from 3 images" in err
     content = json.loads((tmp_path / "out" / "metrics.json").read_text())
     card = content["scores"]["cider"]
-    assert card["measures"]["CIDEr"]["value"] == pytest.approx(247.4630780)
+    assert card["measures"]["CIDEr"]["value"] == pytest.approx(2.474630780)
     assert card["items"] == 3 and card["references_per_item"] == 2 and card["measures"]["CIDEr"]["resamples"] == 50
     assert card["references"]["sha256"] and content["versions"]["numpy"] and "tokeniser" in card["implementation"]
     page = (tmp_path / "out" / "worst.html").read_text()
@@ -62,11 +62,11 @@ def test_missing_and_failed_items_count_as_wrong_are_listed_and_can_be_left_out(
     write(out_dir / "results.jsonl", [{"id": "a", "caption": SAID["a"]}, {"id": "z", "caption": "?"}])
     write(out_dir / "errors.jsonl", [{"id": "b", "line": 2, "error": "image_not_found", "message": "no b.png"}])
     code, out, err = run(capsys, out_dir, references, "--metric", "rouge")
-    assert code == 3 and "ROUGE-L  33.33" in out and "missing 1, failed 1, unusable 0 (counted as wrong)" in out
+    assert code == 3 and "ROUGE-L  0.3333" in out and "missing 1, failed 1, unusable 0 (counted as wrong)" in out
     assert "1 missing: c" in err and "1 failed: b (failed: image_not_found: no b.png)" in err
     assert "1 results that no reference asks for, such as z" in err
     code, out, _ = run(capsys, out_dir, references, "--metric", "rouge", "--missing", "skip")
-    assert code == 0 and "rouge · default · 1 items" in out and "ROUGE-L  100.00" in out
+    assert code == 0 and "rouge · default · 1 items" in out and "ROUGE-L  1.0000" in out
     code, out, err = run(capsys, out_dir, references, "--metric", "rouge", "--parity", "released")
     assert "rouge · released · 1 items" in out and "scores only the items that have a result" in err
     assert set(json.loads((out_dir / "metrics.json").read_text())["scores"]) == {"rouge", "rouge/released"}
@@ -140,11 +140,11 @@ def test_vqa_boxes_and_rankings_choose_their_metrics(tmp_path, capsys):
     assert "VQA accuracy  45.00 %" in out and "normalised only where the references disagree" in err
     box = write(tmp_path / "box.jsonl", [{"id": "1", "box": [0, 0, 300, 300], "width": 640, "height": 480}])
     _, out, _ = run(capsys, write(tmp_path / "b" / "results.jsonl", [{"id": "1", "box": [100, 0, 400, 300]}]), box)
-    assert "REC accuracy  0.0000 %" in out and "mean IoU      0.5000" in out
+    assert "REC accuracy  0.00 %" in out and "mean IoU      0.5000" in out
     row = {"id": "1", "options": list("abcde"), "relevance": [1, 0.5, 0, 0.25, 0], "answers": ["b"]}
     dialogue = write(tmp_path / "d.jsonl", [row])
     _, out, _ = run(capsys, write(tmp_path / "d" / "results.jsonl", [{"id": "1", "ranks": [2, 1, 3, 4, 5]}]), dialogue)
-    assert "NDCG       78.51 %" in out and "R@1        100.00 %" in out and "mean rank  1.00" in out
+    assert "NDCG       0.7851" in out and "R@1        1.0000" in out and "mean rank  1.0000" in out
     _, _, err = run(
         capsys, write(tmp_path / "e.jsonl", [{"id": "1", "ranks": [1, 1, 3, 4, 5]}]), dialogue, "--metric", "ranking"
     )
@@ -166,10 +166,10 @@ def test_comparison_with_plot_and_galleries(tmp_path, references, capsys):
     runs = (tmp_path / "A", tmp_path / "B", "--references", references, "--metric", "rouge,bleu")
     code, out, _ = run(capsys, *runs, "--out", tmp_path / "cmp")
     assert code == 0 and "rouge · default · 3 items · paired differences" in out and "(sign flips)" in out
-    assert "(paired bootstrap)" in out and "+37.26" in out
+    assert "(paired bootstrap)" in out and "+0.3726" in out
     content = json.loads((tmp_path / "cmp" / "metrics.json").read_text())
     found = content["comparisons"][0]["differences"][0]["ROUGE-L"]
-    assert found["value"] == pytest.approx(100 - 62.7403063) and found["p"] == 0.5 and found["items"] == 3
+    assert found["value"] == pytest.approx(1 - 0.627403063) and found["p"] == 0.5 and found["items"] == 3
     assert Image.open(tmp_path / "cmp" / "rouge.png").size[0] > 500
     assert (tmp_path / "cmp" / "worst-1-A.html").exists() and (tmp_path / "cmp" / "worst-2-B.html").exists()
 

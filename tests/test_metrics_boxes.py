@@ -45,8 +45,8 @@ def test_ranks_and_missing_lists():
     references = [(4, None, 2), (4, np.array([0, 0, 1.0, 0]), 2), (4, None, 0)]
     predictions = [np.array([2, 3, 1, 4]), np.array([1, 2, 4, 3]), None]
     measures = {m.name: m.value for m in ranking.Ranking(Options()).score(references, predictions).measures}
-    assert measures["MRR"] == pytest.approx(100 * (1 + 1 / 4 + 0) / 3)
-    assert measures["R@1"] == pytest.approx(100 / 3) and measures["R@5"] == pytest.approx(200 / 3)
+    assert measures["MRR"] == pytest.approx((1 + 1 / 4 + 0) / 3)
+    assert measures["R@1"] == pytest.approx(1 / 3) and measures["R@5"] == pytest.approx(2 / 3)
     assert measures["mean rank"] == pytest.approx((1 + 4 + 4) / 3)
     assert measures["NDCG"] == 0.0  # its k is 1, and the relevant option came last
 

@@ -50,6 +50,10 @@ suite_options = stack(
     click.option("--scenes", type=click.IntRange(1), default=500, show_default=True, help="Toon items per other task."),
     click.option("--start", type=click.IntRange(0), default=0, show_default=True, help="Index of the first toon item."),
     click.option("--limit", type=click.IntRange(1), metavar="N", help="Only the first N rows of a benchmark."),
+    click.option(
+        "--steps", type=click.IntRange(1), metavar="N", help="Denoising steps.  [default: the suite's or model's]"
+    ),
+    click.option("--tuned", is_flag=True, help="Prompts of a fine-tuned model, where they differ."),
     click.option("--threads", type=click.IntRange(1), metavar="N", help="CPU threads.  [default: the physical cores]"),
 )
 

@@ -38,6 +38,7 @@ class Measure:
         limit: at most this many resamples, for measures that are dear; 0 for no interval.
         centre: the interval is moved by the bootstrap's own bias (distances between sets are biased upwards).
         low, high: 95 % interval, filled in later; draws ``[R]`` behind it.
+        baselines: what would be reached without looking (chance, majority, …), in the measure's unit.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Measure:
     low: float = float("nan")
     high: float = float("nan")
     draws: np.ndarray | None = field(default=None, repr=False)
+    baselines: dict[str, float] = field(default_factory=dict)
 
 
 def mean_measure(name: str, parts: Any, unit: str = "", higher: bool = True) -> Measure:

@@ -57,7 +57,7 @@ class _Captions:
 
 
 class Cider(_Captions):
-    """CIDEr-D. The scale is 0 to 10 per caption; papers print it times 100 or as it is, here: times 100."""
+    """CIDEr-D, 0 to 10; papers print it times 100."""
 
     def score(self, references: list[list[Words]], predictions: list[Words | None]) -> Scores:
         """See `Metric.score`."""
@@ -66,17 +66,17 @@ class Cider(_Captions):
             notes.append("one image alone: every n-gram's idf is 0, so CIDEr is 0 whatever the caption says")
         elif len(references) < 50:
             notes.append(f"the idf comes from {len(references)} images only")
-        parts = 100.0 * cider(references, [words or [] for words in predictions])
+        parts = cider(references, [words or [] for words in predictions])
         return self._scores([mean_measure("CIDEr", parts)], references, notes)
 
 
 class Bleu(_Captions):
-    """BLEU-1 to BLEU-4 of the corpus, times 100; the gallery sorts by the items' own smoothed values."""
+    """BLEU-1 to BLEU-4 of the corpus, 0 to 1; the gallery sorts by the items' own smoothed values."""
 
     def score(self, references: list[list[Words]], predictions: list[Words | None]) -> Scores:
         """See `Metric.score`."""
         table = statistics(references, [words or [] for words in predictions])
-        values, parts = 100.0 * bleu(table.sum(axis=0)), 100.0 * bleu(table)
+        values, parts = bleu(table.sum(axis=0)), bleu(table)
         measures = [
             Measure(f"BLEU-{k + 1}", float(values[k]), parts=parts[:, k], resample=partial(_resample, table, k))
             for k in reversed(range(ORDERS))
@@ -85,13 +85,13 @@ class Bleu(_Captions):
 
 
 def _resample(table: np.ndarray, order: int, weights: np.ndarray) -> np.ndarray:
-    return np.asarray(100.0 * bleu(weights @ table)[:, order])
+    return np.asarray(bleu(weights @ table)[:, order])
 
 
 class RougeL(_Captions):
-    """ROUGE-L, times 100."""
+    """ROUGE-L, 0 to 1."""
 
     def score(self, references: list[list[Words]], predictions: list[Words | None]) -> Scores:
         """See `Metric.score`."""
-        parts = 100.0 * rouge_l(references, [words or [] for words in predictions])
+        parts = rouge_l(references, [words or [] for words in predictions])
         return self._scores([mean_measure("ROUGE-L", parts)], references, [])

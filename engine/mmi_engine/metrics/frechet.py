@@ -119,18 +119,22 @@ def linear_resample(value: float, parts: np.ndarray, counts: np.ndarray, weights
     return np.asarray(value + (weights @ parts) / np.maximum(weights @ counts, 1.0))
 
 
-class _SetDistance:
-    """Two sets of features and a distance; subclasses choose the extractor."""
+class SetDistance:
+    """Two sets of features and their Fréchet distance; subclasses choose network and distance."""
 
     differs = ""
     label = ""
 
     def __init__(self, options: Options) -> None:
         self.options = options
-        self.extractor: Extractor = self._extractor()
+        self.extractor = self.network(options)
 
-    def _extractor(self) -> Extractor:
-        raise NotImplementedError
+    @classmethod
+    def network(cls, options: Options) -> Extractor:
+        """The extractor; here the model's own encoder."""
+        from mmi_engine.metrics.encoder import EncoderFeatures
+
+        return EncoderFeatures(options.model, options.device)
 
     def reference(self, pair: Pair) -> list[Source]:
         """See `pictures.true_pictures`."""
@@ -175,17 +179,19 @@ class _SetDistance:
         return Measure(self.label, value, higher=False, resample=resample)
 
 
-class Fid(_SetDistance):
+class Fid(SetDistance):
     """FID: Inception pool3 features, pictures brought to 299 px by the network's own bilinear resize."""
 
     label = "FID"
     side = 0
 
-    def _extractor(self) -> Extractor:
+    @classmethod
+    def network(cls, options: Options) -> Extractor:
+        """Inception."""
         from mmi_engine.metrics.inception import InceptionFeatures
 
-        assert self.options.inception is not None
-        return InceptionFeatures(self.options.inception, self.side, self.options.device)
+        assert options.inception is not None
+        return InceptionFeatures(options.inception, cls.side, options.device)
 
     def score(self, references: list[list[Source]], predictions: list[list[Source] | None]) -> Scores:
         """See `Metric.score`; other weights than FID's own are said so."""
@@ -205,12 +211,7 @@ class Fid64(Fid):
     side = 64
 
 
-class EncoderFd(_SetDistance):
+class EncoderFd(SetDistance):
     """Fréchet distance of the features of the model's own encoder."""
 
     label = "FD (own encoder)"
-
-    def _extractor(self) -> Extractor:
-        from mmi_engine.metrics.encoder import EncoderFeatures
-
-        return EncoderFeatures(self.options.model, self.options.device)

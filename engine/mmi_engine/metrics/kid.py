@@ -12,8 +12,7 @@ from functools import partial
 import numpy as np
 
 from mmi_engine.metrics.base import Measure
-from mmi_engine.metrics.features import Extractor
-from mmi_engine.metrics.frechet import Fid, _SetDistance, linear_resample
+from mmi_engine.metrics.frechet import Fid, SetDistance, linear_resample
 
 BLOCK = 2048
 SCALE = 1000.0
@@ -51,15 +50,10 @@ class Kid(Fid):
         return _kernel_measure(self.label, made, true, counts)
 
 
-class EncoderKd(_SetDistance):
+class EncoderKd(SetDistance):
     """Kernel distance × 1000 of the features of the model's own encoder."""
 
     label = "KD × 1000 (own encoder)"
-
-    def _extractor(self) -> Extractor:
-        from mmi_engine.metrics.encoder import EncoderFeatures
-
-        return EncoderFeatures(self.options.model, self.options.device)
 
     def _measure(self, made: np.ndarray, true: np.ndarray, counts: list[int]) -> Measure:
         return _kernel_measure(self.label, made, true, counts)

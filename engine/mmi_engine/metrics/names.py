@@ -26,9 +26,9 @@ class Entry:
 
 
 METRICS: dict[str, Entry] = {
-    "cider": Entry("captions", "Cider", ("captions", "caption"), ("caption",), "CIDEr-D × 100", auto=True),
-    "bleu": Entry("captions", "Bleu", ("captions", "caption"), ("caption",), "BLEU-1 to BLEU-4 × 100", auto=True),
-    "rouge": Entry("captions", "RougeL", ("captions", "caption"), ("caption",), "ROUGE-L × 100", auto=True),
+    "cider": Entry("captions", "Cider", ("captions", "caption"), ("caption",), "CIDEr-D, 0 to 10", auto=True),
+    "bleu": Entry("captions", "Bleu", ("captions", "caption"), ("caption",), "BLEU-1 to BLEU-4", auto=True),
+    "rouge": Entry("captions", "RougeL", ("captions", "caption"), ("caption",), "ROUGE-L", auto=True),
     "vqa": Entry("vqa", "Vqa", ("answers",), ("answer",), "VQA accuracy over several human answers"),
     "vizwiz": Entry("vqa", "VizWiz", ("answers",), ("answer",), "VQA accuracy and answerability AP"),
     "exact": Entry("vqa", "Exact", ("answers", "answer"), ("answer",), "exact match after VQA normalisation"),
@@ -50,6 +50,9 @@ METRICS: dict[str, Entry] = {
     ),
     "clip-t": Entry("clip", "ClipText", ("prompt", "frames"), ("image",), "CLIP similarity to the text", needs="clip"),
     "miou": Entry("miou", "MIoU", ("labels", "segmentation"), ("image",), "mIoU of label maps or re-read pictures"),
+    "toon": Entry(
+        "toonworld", "Toon", ("meta",), ("caption", "answer", "box", "image", "frames"), "the embedded world's oracle"
+    ),
     "psnr": Entry("pixels", "Psnr", ("image", "frames"), ("image",), "PSNR to the true picture, dB"),
     "ssim": Entry("pixels", "Ssim", ("image", "frames"), ("image",), "SSIM to the true picture"),
 }

@@ -98,18 +98,18 @@ class Ranking:
             parts = [
                 _ndcg_part(said, relevance) for said, (_, relevance, _) in zip(predictions, references, strict=True)
             ]
-            measures.append(mean_measure("NDCG", parts, "%"))
+            measures.append(mean_measure("NDCG", parts))
         if any(right is not None for *_, right in references):
             ranks = np.array(
                 [_rank(said, k, right) for said, (k, _, right) in zip(predictions, references, strict=True)]
             )
             missing = np.array([said is None for said in predictions])
             known = ~np.isnan(ranks)
-            share = np.where(known, 100.0 / ranks, np.nan)
-            measures.append(mean_measure("MRR", np.where(known & missing, 0.0, share), "%"))
+            share = np.where(known, 1.0 / ranks, np.nan)
+            measures.append(mean_measure("MRR", np.where(known & missing, 0.0, share)))
             for k in RECALLS:
-                hits = np.where(known, 100.0 * ((ranks <= k) & ~missing), np.nan)
-                measures.append(mean_measure(f"R@{k}", hits, "%"))
+                hits = np.where(known, (ranks <= k) & ~missing, np.nan)
+                measures.append(mean_measure(f"R@{k}", hits))
             measures.append(mean_measure("mean rank", ranks, higher=False))
         return Scores(measures, float(np.mean([k for k, *_ in references])) if references else 0.0)
 
@@ -133,7 +133,7 @@ def _ndcg_part(said: np.ndarray | None, relevance: np.ndarray | None) -> float:
         return float("nan")
     if said is None:
         return 0.0 if (relevance > 0).any() else float("nan")
-    return 100.0 * ndcg(said, relevance)
+    return ndcg(said, relevance)
 
 
 def _rank(said: np.ndarray | None, options: int, right: int | None) -> float:

@@ -78,6 +78,7 @@ class Card:
                 "unit": m.unit,
                 "higher_is_better": m.higher,
                 "resamples": 0 if m.draws is None else len(m.draws),
+                **({"baselines": m.baselines} if m.baselines else {}),
             }
             for m in self.measures
         }
@@ -147,10 +148,10 @@ def _card(name: str, pairs: list[Pair], run: str, options: Options, policy: str)
                 problems[index] = f"{item.result_place}: {error}"
         made.append(value)
     without = {k for k, item in enumerate(pairs) if item.problem is not None} | problems.keys()
-    _anything(name, pairs, without, problems)
+    _anything(name, pairs, without, problems, policy)
     scores, kept = _score(metric, truths, made, without if policy == "skip" else set())
     problems |= {index: f"{pairs[index].result_place}: {why}" for index, why in scores.problems.items()}
-    _anything(name, pairs, without | problems.keys(), problems)
+    _anything(name, pairs, without | problems.keys(), problems, policy)
     if policy == "skip" and scores.problems:
         scores, kept = _score(metric, truths, made, without | problems.keys())
     card = Card(
@@ -186,8 +187,10 @@ def _score(metric: Metric, truths: list[Any], made: list[Any], leave: set[int]) 
     return replace(scores, problems={kept[k]: why for k, why in scores.problems.items()}), kept
 
 
-def _anything(name: str, pairs: list[Pair], without: set[int], problems: dict[int, str]) -> None:
-    if len(without) < len(pairs):
+def _anything(name: str, pairs: list[Pair], without: set[int], problems: dict[int, str], policy: str) -> None:
+    """Raises ManifestError where nothing is left to score, or where every single result is unusable: that is no bad
+    model but another metric's results. A run of which all items failed scores as such."""
+    if len(without) < len(pairs) or (pairs and not problems and policy == "wrong"):
         return
     first = next(iter(problems.values()), None) or next((p.problem for p in pairs if p.problem), "no items")
     raise ManifestError(f"--metric {name}: none of {len(pairs)} items has a usable result; the first: {first}")

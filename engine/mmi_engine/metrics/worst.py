@@ -74,7 +74,7 @@ def _section(card: Card, count: int) -> str:
     lost = {**card.missing, **card.failed, **card.unusable}
     rows = "".join(f"<tr><td>{escape(key)}</td><td>{escape(why)}</td></tr>" for key, why in list(lost.items())[:200])
     table = f'<section class="item"><h2>Without a usable result: {len(lost)}</h2><table>{rows}</table></section>'
-    title = f"<h2>{escape(card.metric)} ({escape(card.variant)}): {card.headline.name} {card.headline.value:.2f}</h2>"
+    title = f"<h2>{escape(card.metric)} ({escape(card.variant)}): {card.headline.name} {card.headline.value:.4g}</h2>"
     if measure is None or measure.parts is None:
         items = '<p class="item">a distance between sets has no worst item</p>'
     else:
