@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmi_cli import console, evaluating
-from mmi_engine.errors import UsageError
+from mmi_engine.errors import ManifestError, UsageError
 
 if TYPE_CHECKING:
     from mmi_engine.metrics.base import Measure, Options
@@ -28,8 +28,8 @@ def run(options: dict[str, Any]) -> int:
 
     terminal = console.current()
     if options["suite"] == "ls":
-        rows = [(found.name, found.title, _data(found)) for found in map(suite.load, suite.names())]
-        terminal.table(rows, header=("suite", "title", "manifests"))
+        listed = [(found.name, found.title, _data(found)) for found in map(suite.load, suite.names())]
+        terminal.table(listed, header=("suite", "title", "manifests"))
         return 0
     if options["out"] is None:
         raise UsageError("--suite needs --out", remedy="name the folder of its results: --out DIR")
@@ -41,11 +41,13 @@ def run(options: dict[str, Any]) -> int:
             remedy="name the folder that it lies in: --data DIR",
         )
     shared: dict[str, Any] = {}
-    rows, code = [], 0
+    rows: list[dict[str, Any]] = []
+    code = 0
     for found in suites:
         for part in _parts(found, options):
             cards, remarks = _part(found, part, options, shared)
             code = max(code, evaluating.exit_code([card for card in cards if card is not None]))
+            code = max(code, 3 if any(remark.startswith("--metric") for remark in remarks) else 0)
             rows += _rows(found, part, cards, remarks)
     _print(rows, options["out"], suites)
     return code
@@ -121,10 +123,15 @@ def _score(
             cards.append(None)
             continue
         variant = options["parity"] or goal.variant
-        (card,) = score.evaluate(
-            [name], references, results, replace(resources, variant=variant),
-            policy=options["missing"], resamples=options["resamples"],
-        )  # fmt: skip
+        try:
+            (card,) = score.evaluate(
+                [name], references, results, replace(resources, variant=variant),
+                policy=options["missing"], resamples=options["resamples"],
+            )  # fmt: skip
+        except ManifestError as error:  # the other parts' numbers must not be lost for it
+            cards.append(None)
+            remarks.append(str(error))
+            continue
         cards.append(card)
     there = [card for card in cards if card is not None]
     about = {
@@ -175,7 +182,7 @@ def _rows(found: Suite, part: Part, cards: list[Card | None], remarks: list[str]
 
 def _print(rows: list[dict[str, Any]], out: Path, suites: list[Suite]) -> None:
     terminal = console.current()
-    lines = []
+    lines: list[tuple[str, ...]] = []
     for row in rows:
         measure: Measure | None = row["measure"]
         if measure is None:

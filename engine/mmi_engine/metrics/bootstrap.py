@@ -34,7 +34,7 @@ def add_intervals(measures: list[Measure], n: int, resamples: int = 1000, seed: 
     """Fill in `low`, `high` and `draws` of every measure.
 
     Measures that are means are resampled together; the others one after another, each up to its own limit. With fewer
-    than two items, or where a measure is NaN, there is no interval.
+    than two items, or where a measure is NaN, there is no interval; a share of 0 or 100 % gets Wilson's.
     """
     live = [m for m in measures if n > 1 and resamples > 0 and not np.isnan(m.value)]
     means = [m for m in live if m.resample is None and m.parts is not None]
@@ -61,6 +61,15 @@ def add_intervals(measures: list[Measure], n: int, resamples: int = 1000, seed: 
         if draws[id(measure)]:
             measure.draws = np.concatenate(draws[id(measure)])
             measure.low, measure.high = interval(measure)
+            if measure.unit == "%" and measure.parts is not None and measure.value in (0.0, 100.0):
+                measure.low, measure.high = wilson(measure.value, int((~np.isnan(measure.parts)).sum()))
+
+
+def wilson(percent: float, n: int, z: float = 1.96) -> tuple[float, float]:
+    """Wilson's interval of a share in percent: where all items agree, resampling cannot show the doubt that is left."""
+    p, w = percent / 100.0, z * z / n
+    middle, half = (p + w / 2) / (1 + w), z / (1 + w) * float(np.sqrt(p * (1 - p) / n + w / (4 * n)))
+    return 100.0 * max(0.0, middle - half), 100.0 * min(1.0, middle + half)
 
 
 def interval(measure: Measure) -> tuple[float, float]:

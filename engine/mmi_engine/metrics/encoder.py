@@ -2,7 +2,8 @@
 
 Place in the flow: the extractor of ``fd-encoder`` and ``kd-encoder``, which are never called FID or KID. Of a model
 directory only the visual tokenizer's weights are read. A vector is the mean over patches of the trunk's last hidden
-states, ``[C]``; pictures are cropped and resized to the encoder's own size.
+states, each brought to zero mean and unit variance over its channels, ``[C]``; pictures are cropped and resized to the
+encoder's own size.
 """
 
 from __future__ import annotations
@@ -65,4 +66,5 @@ class EncoderFeatures:
     def features(self, prepared: list[Tensor]) -> np.ndarray:
         """``[b, C]``."""
         hidden = self.network(torch.stack(prepared).to(self.device)).last_hidden
-        return np.asarray(hidden[:, self.network.trunk.prefix :].mean(1).float().cpu().numpy())
+        patches = hidden[:, self.network.trunk.prefix :].float()
+        return np.asarray(torch.nn.functional.layer_norm(patches, patches.shape[-1:]).mean(1).cpu().numpy())

@@ -119,6 +119,10 @@ def linear_resample(value: float, parts: np.ndarray, counts: np.ndarray, weights
     return np.asarray(value + (weights @ parts) / np.maximum(weights @ counts, 1.0))
 
 
+def _not_below_zero(value: float, parts: np.ndarray, counts: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    return np.maximum(linear_resample(value, parts, counts, weights), 0.0)
+
+
 class SetDistance:
     """Two sets of features and their Fréchet distance; subclasses choose network and distance."""
 
@@ -175,7 +179,7 @@ class SetDistance:
         value, influences = distance(made, true)
         owner = np.repeat(np.arange(len(counts)), counts)
         parts = np.bincount(owner, influences, minlength=len(counts))
-        resample = partial(linear_resample, value, parts, np.array(counts, float))
+        resample = partial(_not_below_zero, value, parts, np.array(counts, float))
         return Measure(self.label, value, higher=False, resample=resample)
 
 

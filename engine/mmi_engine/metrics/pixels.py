@@ -37,7 +37,7 @@ def ssim(made: Image.Image, true: Image.Image) -> float:
     from torchmetrics.functional.image import structural_similarity_index_measure
 
     a, b = (torch.from_numpy(np.array(x, np.float64)).permute(2, 0, 1)[None] / 255 for x in (made, true))
-    return float(structural_similarity_index_measure(a, b, data_range=1.0))
+    return float(torch.as_tensor(structural_similarity_index_measure(a, b, data_range=1.0)))
 
 
 class _Pixels:

@@ -29,7 +29,7 @@ def make(name: str, options: Options) -> Metric:
             f"--metric {name} needs --{entry.needs}", remedy=f"name the weights (docs/eval.md says which){other}"
         )
     module = importlib.import_module(f"mmi_engine.metrics.{entry.module}")
-    return getattr(module, entry.attribute)(options)  # type: ignore[no-any-return]
+    return getattr(module, entry.attribute)(options)
 
 
 def choose(reference: dict[str, Any], result: dict[str, Any]) -> list[str]:

@@ -209,7 +209,8 @@ def write(cards: list[Card], out: Path, about: dict[str, Any]) -> Path:
         content = content if isinstance(content, dict) else {}
     except (OSError, ValueError):
         content = {}
-    scores = content.get("scores") if isinstance(content.get("scores"), dict) else {}
+    before = content.get("scores")
+    scores: dict[str, Any] = before if isinstance(before, dict) else {}
     for card in cards:
         key = card.metric if card.variant == "default" else f"{card.metric}/{card.variant}"
         scores[key] = {**card.to_json(), **about}

@@ -65,8 +65,8 @@ def worst(card: Card, count: int) -> tuple[Measure | None, list[int]]:
         for k, item in enumerate(card.pairs)
         if item.result is not None and item.id not in card.unusable and not np.isnan(measure.parts[k])
     ]
-    sign = 1.0 if measure.higher else -1.0
-    return measure, sorted(usable, key=lambda k: sign * measure.parts[k])[:count]
+    keys = measure.parts if measure.higher else -measure.parts
+    return measure, sorted(usable, key=lambda k: float(keys[k]))[:count]
 
 
 def _section(card: Card, count: int) -> str:
