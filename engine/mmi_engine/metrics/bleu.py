@@ -9,6 +9,8 @@ The corpus value needs only sums over items, so a resample is a matrix product: 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from mmi_engine.metrics.cider import ORDERS, Grams, grams
@@ -16,7 +18,7 @@ from mmi_engine.metrics.cider import ORDERS, Grams, grams
 TINY, SMALL = 1e-15, 1e-9
 
 
-def statistics(references: list[list[list[str]]], predictions: list[list[str]]) -> np.ndarray:
+def statistics(references: Sequence[Sequence[Sequence[str]]], predictions: Sequence[Sequence[str]]) -> np.ndarray:
     """Per item: clipped matches by order, n-grams by order, length, closest reference length; ``[n, 10]``."""
     table = np.zeros((len(references), 2 * ORDERS + 2))
     for row, item, words in zip(table, references, predictions, strict=True):

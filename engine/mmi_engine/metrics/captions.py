@@ -22,7 +22,7 @@ from mmi_engine.metrics.pairs import Pair
 from mmi_engine.metrics.ptb import tokenize
 from mmi_engine.metrics.rouge import rouge_l
 
-Words = list[str]
+Words = tuple[str, ...]
 TOKENIZER = "PTB-style tokeniser"
 
 
@@ -66,7 +66,7 @@ class Cider(_Captions):
             notes.append("one image alone: every n-gram's idf is 0, so CIDEr is 0 whatever the caption says")
         elif len(references) < 50:
             notes.append(f"the idf comes from {len(references)} images only")
-        parts = cider(references, [words or [] for words in predictions])
+        parts = cider(references, [words or () for words in predictions])
         return self._scores([mean_measure("CIDEr", parts)], references, notes)
 
 
@@ -75,7 +75,7 @@ class Bleu(_Captions):
 
     def score(self, references: list[list[Words]], predictions: list[Words | None]) -> Scores:
         """See `Metric.score`."""
-        table = statistics(references, [words or [] for words in predictions])
+        table = statistics(references, [words or () for words in predictions])
         values, parts = bleu(table.sum(axis=0)), bleu(table)
         measures = [
             Measure(f"BLEU-{k + 1}", float(values[k]), parts=parts[:, k], resample=partial(_resample, table, k))
@@ -93,5 +93,5 @@ class RougeL(_Captions):
 
     def score(self, references: list[list[Words]], predictions: list[Words | None]) -> Scores:
         """See `Metric.score`."""
-        parts = rouge_l(references, [words or [] for words in predictions])
+        parts = rouge_l(references, [words or () for words in predictions])
         return self._scores([mean_measure("ROUGE-L", parts)], references, [])

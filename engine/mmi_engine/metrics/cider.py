@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -22,7 +23,7 @@ SIGMA = 6.0
 Grams = list[dict[str, int]]  # by order: n-gram (words joined by a space) → count
 
 
-def grams(words: list[str]) -> Grams:
+def grams(words: Sequence[str]) -> Grams:
     """Counts of the n-grams of every order 1..4."""
     counts = []
     joined = words
@@ -33,7 +34,7 @@ def grams(words: list[str]) -> Grams:
     return counts
 
 
-def cider(references: list[list[list[str]]], predictions: list[list[str]]) -> np.ndarray:
+def cider(references: Sequence[Sequence[Sequence[str]]], predictions: Sequence[Sequence[str]]) -> np.ndarray:
     """CIDEr-D of every item, ``[n]`` (0 to 10).
 
     Args:

@@ -9,6 +9,7 @@ far the two agree.
 
 from __future__ import annotations
 
+import functools
 import re
 
 PUNCTUATION = frozenset(["''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";"])
@@ -50,7 +51,8 @@ _TOKEN = re.compile(
 _NEGATED = re.compile(r"(\w)n't(?!\w)")
 
 
-def tokenize(caption: str) -> list[str]:
+@functools.lru_cache(maxsize=1 << 19)  # several metrics read the same captions
+def tokenize(caption: str) -> tuple[str, ...]:
     """Lower-case words of a caption, punctuation left out."""
     text = caption.translate(_SMART).lower()
     if (
@@ -60,7 +62,7 @@ def tokenize(caption: str) -> list[str]:
         and "mm" not in text
         and "tt" not in text
     ):
-        return text.split()  # nothing to split or to drop
+        return tuple(text.split())  # nothing to split or to drop
     text = _NEGATED.sub(r"\1 n't", text)
     words: list[str] = []
     for match in _TOKEN.finditer(text):
@@ -75,4 +77,4 @@ def tokenize(caption: str) -> list[str]:
             words.append(token)
         else:
             words.append(token)
-    return [word for word in words if word not in PUNCTUATION]
+    return tuple(word for word in words if word not in PUNCTUATION)

@@ -6,17 +6,19 @@ common subsequence with β 1.2, precision and recall each the best over the refe
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 BETA2 = 1.2**2
 
 
-def rouge_l(references: list[list[list[str]]], predictions: list[list[str]]) -> np.ndarray:
+def rouge_l(references: Sequence[Sequence[Sequence[str]]], predictions: Sequence[Sequence[str]]) -> np.ndarray:
     """ROUGE-L of every item, ``[n]`` (0 to 1); 0 for an empty caption."""
     return np.array([_item(item, words) for item, words in zip(references, predictions, strict=True)])
 
 
-def _item(references: list[list[str]], words: list[str]) -> float:
+def _item(references: Sequence[Sequence[str]], words: Sequence[str]) -> float:
     if not words:
         return 0.0
     common = [(longest_common(reference, words), len(reference)) for reference in references if reference]
@@ -27,7 +29,7 @@ def _item(references: list[list[str]], words: list[str]) -> float:
     return (1 + BETA2) * precision * recall / (recall + BETA2 * precision)
 
 
-def longest_common(a: list[str], b: list[str]) -> int:
+def longest_common(a: Sequence[str], b: Sequence[str]) -> int:
     """Length of the longest common subsequence, by bit-parallel rows (Hyyrö 2004): one addition per word of `b`."""
     places: dict[str, int] = {}
     for index, word in enumerate(a):
