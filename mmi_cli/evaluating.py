@@ -49,12 +49,9 @@ def _score(options: dict[str, Any], paths: list[str], reference: str) -> int:
     names = [name for entry in options["metrics"] for name in entry.split(",") if name]
     if not names:
         names = _chosen(references, runs[0], registry.choose)
-    terminal = console.current()
-    with terminal.counting("features") as progress:
-        resources = metric_options(options, progress)
-        if len(runs) == 1:
-            return _one(options, names, references, runs[0], resources)
-        return _several(options, names, references, runs, resources)
+    if len(runs) == 1:
+        return _one(options, names, references, runs[0])
+    return _several(options, names, references, runs)
 
 
 def _chosen(references: References, run: Results, choose: Any) -> list[str]:
@@ -100,12 +97,12 @@ def _cache_home() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mmi" / "features"
 
 
-def _one(options: dict[str, Any], names: list[str], references: References, run: Results, resources: Options) -> int:
+def _one(options: dict[str, Any], names: list[str], references: References, run: Results) -> int:
     from mmi_engine.metrics import score, worst
 
-    cards = score.evaluate(
-        names, references, run, resources, policy=options["missing"], resamples=options["resamples"]
-    )  # fmt: skip
+    how = {"policy": options["missing"], "resamples": options["resamples"]}
+    with console.current().counting("scoring") as progress:
+        cards = score.evaluate(names, references, run, metric_options(options, progress), **how)
     out = options["out"] or run.folder
     about = {"references": {"name": references.name, "sha256": references.fingerprint}, "run": run_of(run)}
     path = score.write(cards, out, about)
@@ -183,15 +180,13 @@ def interval(measure: Measure) -> str:
     return f"[{measure.low:.{places}f} … {measure.high:.{places}f}]  {count} resamples"
 
 
-def _several(
-    options: dict[str, Any], names: list[str], references: References, runs: list[Results], resources: Options
-) -> int:
+def _several(options: dict[str, Any], names: list[str], references: References, runs: list[Results]) -> int:
     from mmi_engine.metrics import plot, worst
     from mmi_engine.metrics.compare import compare
 
-    found = compare(
-        names, references, runs, resources, policy=options["missing"], resamples=options["resamples"]
-    )  # fmt: skip
+    how = {"policy": options["missing"], "resamples": options["resamples"]}
+    with console.current().counting("scoring") as progress:
+        found = compare(names, references, runs, metric_options(options, progress), **how)
     for comparison in found:
         _show_comparison(comparison)
     out: Path | None = options["out"]
@@ -210,17 +205,15 @@ def _several(
 
 
 def _write_comparison(found: list[Comparison], references: References, out: Path) -> None:
-    import json
-
+    from mmi_engine.metrics.score import write_json
     from mmi_engine.versions import versions
 
-    out.mkdir(parents=True, exist_ok=True)
     content = {
         "comparisons": [comparison.to_json() for comparison in found],
         "references": {"name": references.name, "sha256": references.fingerprint},
         "versions": versions(),
     }
-    (out / "metrics.json").write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    write_json(out / "metrics.json", content)
 
 
 def _show_comparison(comparison: Comparison) -> None:

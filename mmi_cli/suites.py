@@ -6,7 +6,6 @@ Place in the flow: `evaluating.py` comes here with ``--suite``. The suite file s
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,7 @@ from mmi_engine.errors import ManifestError, UsageError
 
 if TYPE_CHECKING:
     from mmi_engine.metrics.base import Measure, Options
+    from mmi_engine.metrics.pairs import References, Results
     from mmi_engine.metrics.score import Card
     from mmi_engine.metrics.suite import Goal, Part, Suite
 
@@ -113,7 +113,24 @@ def _score(
     if limit is not None:
         references = references.only(row.id for row in references.rows[:limit])
     results = pairs.read_results(out)
-    resources = evaluating.metric_options(options)
+    with console.current().counting(f"scoring {part.data}") as progress:
+        cards, remarks = _cards(part, references, results, evaluating.metric_options(options, progress), options)
+    there = [card for card in cards if card is not None]
+    about = {"name": references.name, "sha256": references.fingerprint}
+    score.write(there, out, {"references": about, "run": evaluating.run_of(results)})
+    if options["worst"]:
+        worst.write(there, out / "worst.html", options["worst"])
+    for card in there:
+        evaluating.remarks(card)
+    return cards, remarks
+
+
+def _cards(
+    part: Part, references: References, results: Results, resources: Options, options: dict[str, Any]
+) -> tuple[list[Card | None], list[str]]:
+    """A card per goal, None where it could not be made; and why."""
+    from mmi_engine.metrics import score
+
     cards: list[Card | None] = []
     remarks = []
     for goal in part.goals:
@@ -122,27 +139,13 @@ def _score(
         if name is None:
             cards.append(None)
             continue
-        variant = options["parity"] or goal.variant
+        chosen = replace(resources, variant=options["parity"] or goal.variant)
+        how = {"policy": options["missing"], "resamples": options["resamples"]}
         try:
-            (card,) = score.evaluate(
-                [name], references, results, replace(resources, variant=variant),
-                policy=options["missing"], resamples=options["resamples"],
-            )  # fmt: skip
+            cards += score.evaluate([name], references, results, chosen, **how)
         except ManifestError as error:  # the other parts' numbers must not be lost for it
             cards.append(None)
             remarks.append(str(error))
-            continue
-        cards.append(card)
-    there = [card for card in cards if card is not None]
-    about = {
-        "references": {"name": references.name, "sha256": references.fingerprint},
-        "run": evaluating.run_of(results),
-    }
-    score.write(there, out, about)
-    if options["worst"]:
-        worst.write(there, out / "worst.html", options["worst"])
-    for card in there:
-        evaluating.remarks(card)
     return cards, remarks
 
 
@@ -225,6 +228,7 @@ def _paper(figures: dict[str, float]) -> str:
 
 def _write(rows: list[dict[str, Any]], out: Path, suites: list[Suite]) -> None:
     """``suite.json``: the table; the cards are in each part's metrics.json."""
+    from mmi_engine.metrics.score import write_json
     from mmi_engine.versions import versions
 
     plain = []
@@ -237,5 +241,4 @@ def _write(rows: list[dict[str, Any]], out: Path, suites: list[Suite]) -> None:
             entry |= {"measure": measure.name, "unit": measure.unit, "baselines": measure.baselines}
         plain.append(entry)
     content = {"suites": [found.name for found in suites], "rows": plain, "versions": versions()}
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "suite.json").write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    write_json(out / "suite.json", content)

@@ -57,4 +57,10 @@ METRICS: dict[str, Entry] = {
     "ssim": Entry("pixels", "Ssim", ("image", "frames"), ("image",), "SSIM to the true picture"),
 }
 
+# What people also call them.
+ALIASES: dict[str, str] = {
+    "rouge-l": "rouge", "rougel": "rouge", **{f"bleu-{k}": "bleu" for k in range(1, 5)}, "vqa-accuracy": "vqa",
+    "ndcg": "ranking", "mrr": "ranking", "recall": "ranking", "clip": "clip-i", "clip-sim": "clip-i", "iou": "rec",
+}  # fmt: skip
+
 HELP: dict[str, str] = {name: entry.help for name, entry in METRICS.items()}

@@ -97,6 +97,8 @@ def _add_rows(file: Path, rows: dict[str, tuple[str, dict[str, Any]]], failures:
             broken.append(f"{place}: {row.error.message}")
         elif "id" not in row.data and "custom_id" not in row.data:
             broken.append(f"{place}: the row has no id")
+        elif row.id in rows and rows[row.id][1] == row.data and not rows[row.id][0].startswith(f"{manifest.name}:"):
+            continue  # a part file whose merge was interrupted
         elif row.id in rows:
             broken.append(f'{place}: id "{shorten(row.id)}" occurs before ({rows[row.id][0]})')
         elif row.data.get("status", "ok") != "ok":

@@ -10,7 +10,12 @@ from typing import Any
 
 from mmi_engine.errors import UsageError
 from mmi_engine.metrics.base import Metric, Options
-from mmi_engine.metrics.names import METRICS
+from mmi_engine.metrics.names import ALIASES, METRICS
+
+
+def canonical(name: str) -> str:
+    """The name in the table of a name that people use."""
+    return ALIASES.get(name.lower(), name.lower())
 
 
 def make(name: str, options: Options) -> Metric:
@@ -19,6 +24,7 @@ def make(name: str, options: Options) -> Metric:
     Raises:
         UsageError: unknown, or without the option that it needs.
     """
+    name = canonical(name)
     entry = METRICS.get(name)
     if entry is None:
         raise UsageError(f'no metric "{name}"', remedy=f"choose from {', '.join(METRICS)}")

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from mmi_engine.errors import ItemError, ManifestError
+from mmi_engine.errors import ItemError, ManifestError, OutputError
 from mmi_engine.metrics import registry
 from mmi_engine.metrics.base import Measure, Metric, Options, Scores
 from mmi_engine.metrics.bootstrap import add_intervals
@@ -134,6 +134,7 @@ def evaluate(
 
 def _card(name: str, pairs: list[Pair], run: str, options: Options, policy: str) -> Card:
     metric = registry.make(name, options)
+    name = registry.canonical(name)
     if options.released and getattr(metric, "skips_missing", False):
         policy = "skip"
     truths = _truths(name, metric, pairs)
@@ -202,7 +203,6 @@ def write(cards: list[Card], out: Path, about: dict[str, Any]) -> Path:
     Args:
         about: what else belongs beside the numbers (names and fingerprints of the inputs).
     """
-    out.mkdir(parents=True, exist_ok=True)
     path = out / "metrics.json"
     try:
         content = json.loads(path.read_bytes())
@@ -214,8 +214,21 @@ def write(cards: list[Card], out: Path, about: dict[str, Any]) -> Path:
     for card in cards:
         key = card.metric if card.variant == "default" else f"{card.metric}/{card.variant}"
         scores[key] = {**card.to_json(), **about}
-    content |= {"scores": scores, "versions": versions()}
-    draft = path.with_name(path.name + ".partial")
-    draft.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
-    os.replace(draft, path)
+    return write_json(path, content | {"scores": scores, "versions": versions()})
+
+
+def write_json(path: Path, content: dict[str, Any]) -> Path:
+    """Write a document under a temporary name, then rename.
+
+    Raises:
+        OutputError: the disk refuses.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.with_name(path.name + ".partial")
+        draft.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+        os.replace(draft, path)
+    except OSError as error:
+        remedy = "name a folder that can be written: --out DIR"
+        raise OutputError(f'cannot write "{path}": {error.strerror or error}', remedy=remedy) from error
     return path
