@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +14,7 @@ from PIL import Image
 
 from mmi_cli.main import main
 
+REPOSITORY = Path(__file__).resolve().parent.parent
 CAPTIONS = {
     "a": ["a cat sits on a mat", "the cat is on the mat"],
     "b": ["a man rides a red bicycle", "a person riding a bike"],
@@ -241,3 +246,15 @@ def test_encoder_distance_is_never_called_fid(tmp_path, capsys):
         assert "8 pictures for 128 features: the distance is biased upwards" in err
         scores = json.loads((tmp_path / "out" / "metrics.json").read_text())["scores"]
         assert scores["fd-encoder"]["measures"]["FD (own encoder)"]["value"] == pytest.approx(0.0, abs=1e-5)
+
+
+def test_the_first_example_of_the_docs_runs_as_it_stands(tmp_path):
+    page = (REPOSITORY / "docs" / "eval.md").read_text(encoding="utf-8")
+    script = page.split("```sh\n")[1].split("```")[0]
+    path = os.pathsep.join(str(REPOSITORY / name) for name in (".", "engine", "kernels"))
+    run = subprocess.run(
+        ["bash", "-c", f'mmi() {{ "{sys.executable}" -m mmi_cli "$@"; }}\nset -e\n{script}'],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    shown = page.split("```")[2].strip().splitlines()
+    assert shown[1].strip() in run.stdout and shown[0].strip().rstrip("…") in run.stdout

@@ -8,6 +8,7 @@ encoder's own size.
 
 from __future__ import annotations
 
+import hashlib
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 PREFIX = "visual_tokenizer."
+PREPARATION = "centre crop, mean of normalised patches"  # part of the cache's key
 
 
 class EncoderFeatures:
@@ -55,7 +57,8 @@ class EncoderFeatures:
             raise ModelError(f"{directory}: the visual encoder cannot be read: {reason}") from error
         self.network.to(device).eval().requires_grad_(False)
         self.device, self.side, self.width = device, config.vision.image_size, config.vision.hidden_size
-        self.name, self.fingerprint = f"encoder-{config.name}", fingerprint(directory).removeprefix("sha256:")
+        self.name = f"encoder-{config.name}"
+        self.fingerprint = hashlib.sha256(f"{fingerprint(directory)} {PREPARATION}".encode()).hexdigest()
 
     def prepare(self, image: Image.Image) -> Tensor:
         """``[3, side, side]`` in [0, 1]."""

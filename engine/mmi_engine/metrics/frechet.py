@@ -128,6 +128,7 @@ class SetDistance:
 
     differs = ""
     label = ""
+    biased = True  # upwards, by few pictures
 
     def __init__(self, options: Options) -> None:
         self.options = options
@@ -166,7 +167,7 @@ class SetDistance:
         scores = Scores([self._measure(made, true, counts)], implementation=self.implementation())
         scores.references = float(np.mean(counts)) if counts else 0.0
         scores.problems = blame(problems, counts)
-        if len(true) <= self.extractor.width:
+        if self.biased and len(true) <= self.extractor.width:
             scores.notes.append(
                 f"{len(true)} pictures for {self.extractor.width} features: the distance is biased upwards; compare "
                 "only with runs of as many pictures"

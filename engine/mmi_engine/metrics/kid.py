@@ -45,6 +45,7 @@ class Kid(Fid):
     """KID × 1000."""
 
     label = "KID × 1000"
+    biased = False
 
     def _measure(self, made: np.ndarray, true: np.ndarray, counts: list[int]) -> Measure:
         return _kernel_measure(self.label, made, true, counts)
@@ -54,6 +55,7 @@ class EncoderKd(SetDistance):
     """Kernel distance × 1000 of the features of the model's own encoder."""
 
     label = "KD × 1000 (own encoder)"
+    biased = False
 
     def _measure(self, made: np.ndarray, true: np.ndarray, counts: list[int]) -> Measure:
         return _kernel_measure(self.label, made, true, counts)

@@ -1,6 +1,6 @@
 """A picture per metric: every run's measures with their intervals.
 
-Place in the flow: `mmi eval A B … --out DIR` writes ``DIR/METRIC.png``; a single run gets the same picture. One panel
+Place in the flow: `mmi eval A B … --out DIR` writes ``DIR/METRIC.png``. One panel
 per measure, a point per run, the bar is the 95 % interval.
 """
 

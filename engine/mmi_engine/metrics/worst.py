@@ -87,8 +87,8 @@ def _item(item: Pair, name: str, value: float) -> str:
     said = {key: result[key] for key in SAID if result.get(key) is not None}
     true = {key: item.reference[key] for key in TRUE if item.reference.get(key) is not None}
     boxes = [(item.reference.get("box"), "#2e7d6b"), (result.get("box"), "#b4531f")]
-    pictures = [_picture(item.truth, reference, "given or true", boxes) for reference in _named(item.reference)]
-    pictures += [_picture(item.made, reference, "made by the model", []) for reference in _named(result)]
+    pictures = [_picture(item.truth, reference, "given or true", boxes) for reference in _true(item.reference)]
+    pictures += [_picture(item.made, reference, "made by the model", []) for reference in _made(result)]
     texts = "".join(f"<figcaption>{escape(_line(key, v))}</figcaption>" for key, v in true.items())
     texts += "".join(f'<figcaption class="made">{escape(_line(key, v))}</figcaption>' for key, v in said.items())
     return (
@@ -101,10 +101,18 @@ def _line(key: str, value: Any) -> str:
     return shorten(f"{key}: {value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}", 400)
 
 
-def _named(row: dict[str, Any]) -> list[str]:
-    """Pictures that a row names, at most six."""
-    found = [meta(row, "image"), row.get("segmentation"), *(row.get("images") or [])]
-    found += [frame.get("image") for frame in row.get("frames") or [] if isinstance(frame, dict)]
+def _true(row: dict[str, Any]) -> list[str]:
+    """Pictures that a reference names, at most six: the whole true story where there is one."""
+    story = meta(row, "images")
+    found = story if isinstance(story, list) else [meta(row, "image"), row.get("segmentation")]
+    found = [*found, *(frame.get("image") for frame in row.get("frames") or [] if isinstance(frame, dict))]
+    return list(dict.fromkeys(name for name in found if isinstance(name, str)))[:6]
+
+
+def _made(row: dict[str, Any]) -> list[str]:
+    """Pictures that the model made, at most six."""
+    frames = [frame for frame in row.get("frames") or [] if isinstance(frame, dict)]
+    found = [row.get("image"), *(f.get("image") for f in frames if "image" in f.get("generated", ["image"]))]
     return [name for name in found if isinstance(name, str)][:6]
 
 
