@@ -229,6 +229,23 @@ def test_maps_with_the_toon_oracle_and_as_label_files(tmp_path, capsys):
     assert code == 3 and "map of 5 × 6 px, the true one has 128 × 128" in err
 
 
+@pytest.fixture
+def plain_encoder(monkeypatch):
+    """The encoder on the torch kernel: nothing to compile."""
+    from mmi_engine.metrics.encoder import EncoderFeatures
+
+    make = EncoderFeatures.__init__
+
+    def plain(self, *arguments):
+        make(self, *arguments)
+        for module in self.network.modules():
+            if hasattr(module, "backend"):
+                module.backend = "torch"
+
+    monkeypatch.setattr(EncoderFeatures, "__init__", plain)
+
+
+@pytest.mark.usefixtures("plain_encoder")
 def test_encoder_distance_is_never_called_fid(tmp_path, capsys):
     from mmi_engine.toon.dataset import make_dataset
 

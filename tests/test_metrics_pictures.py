@@ -60,9 +60,13 @@ def test_the_models_own_encoder_reads_its_part_of_the_weights():
     from mmi_engine.model.checkpoint import load_model
 
     extractor = EncoderFeatures("toon")
+    for module in extractor.network.modules():
+        if hasattr(module, "backend"):
+            module.backend = "torch"  # nothing to compile
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (128, 128, 3), dtype=np.uint8))
     prepared = extractor.prepare(image)
     whole = load_model("toon")
+    whole.set_backend("torch")
     with torch.inference_mode():
         hidden = whole.visual_tokenizer(prepared[None]).last_hidden[:, whole.visual_tokenizer.trunk.prefix :]
     plain = hidden[0] - hidden[0].mean(1, keepdim=True)
@@ -104,12 +108,24 @@ def test_psnr_and_ssim():
     assert pixels.ssim(*grey) == pytest.approx((2 * a * b + c1) / (a * a + b * b + c1), abs=1e-5)
 
 
+def tiny_tokenizer(folder):
+    from transformers import CLIPTokenizer
+
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    words = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{c}</w>" for c in letters)]
+    (folder / "vocab.json").write_text(json.dumps({word: k for k, word in enumerate(words)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    CLIPTokenizer(vocab=str(folder / "vocab.json"), merges=str(folder / "merges.txt")).save_pretrained(folder)
+    return {word: k for k, word in enumerate(words)}
+
+
 def tiny_clip(folder):
-    from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
+    from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
     torch.manual_seed(0)
+    folder.mkdir()
+    words = tiny_tokenizer(folder)
     size = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    words = ["<|startoftext|>", "<|endoftext|>", *"abcdefgh", *(f"{c}</w>" for c in "abcdefgh")]
     config = CLIPConfig(
         text_config={
             **size,
@@ -123,9 +139,7 @@ def tiny_clip(folder):
     )
     CLIPModel(config).save_pretrained(folder)
     CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}).save_pretrained(folder)
-    (folder / "vocab.json").write_text(json.dumps({word: k for k, word in enumerate(words)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    CLIPTokenizer(vocab=str(folder / "vocab.json"), merges=str(folder / "merges.txt")).save_pretrained(folder)
+    return words
 
 
 def test_clip_similarity_of_a_tiny_model(tmp_path):
@@ -133,7 +147,7 @@ def test_clip_similarity_of_a_tiny_model(tmp_path):
 
     from mmi_engine.metrics.clip import ClipFeatures, ClipImage, ClipText
 
-    tiny_clip(tmp_path / "clip")
+    words = tiny_clip(tmp_path / "clip")
     rng = np.random.default_rng(0)
     for name in "ab":
         Image.fromarray(rng.integers(0, 255, (20, 24, 3), dtype=np.uint8)).save(tmp_path / f"{name}.png")
@@ -144,7 +158,7 @@ def test_clip_similarity_of_a_tiny_model(tmp_path):
     extractor = ClipFeatures(tmp_path / "clip")
     model = CLIPModel.from_pretrained(tmp_path / "clip").eval()
     pixels_ = extractor.prepare(a.load())[None]
-    ids = torch.tensor([[0, 2 + 8, 3 + 8, 1]])  # <start> a</w> b</w> <end>
+    ids = torch.tensor([[0, words["a</w>"], words["b</w>"], 1]])
     with torch.no_grad():
         out = model(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=pixels_)
     cosine = float((out.image_embeds * out.text_embeds).sum())
@@ -171,3 +185,61 @@ def test_a_tiny_segmenter_reads_pictures(tmp_path):
     assert labels.shape == (17, 23) and labels.min() >= 1 and labels.max() <= 5
     with pytest.raises(ModelError, match="no config.json"):
         make(str(tmp_path))
+
+
+def test_a_tiny_oneformer_reads_pictures(tmp_path):
+    from transformers import OneFormerConfig, OneFormerForUniversalSegmentation, SwinConfig
+    from transformers.models.oneformer.image_processing_pil_oneformer import OneFormerImageProcessorPil
+
+    from mmi_engine.metrics.segmenter import make
+
+    torch.manual_seed(0)
+    stages = ["stage1", "stage2", "stage3", "stage4"]
+    swin = {"image_size": 64, "embed_dim": 8, "depths": [1] * 4, "num_heads": [1, 1, 2, 2], "window_size": 2}
+    config = OneFormerConfig(
+        backbone_config=SwinConfig(**swin, out_features=stages), num_queries=6, hidden_dim=32, mask_dim=32, conv_dim=32,
+        encoder_feedforward_dim=16, dim_feedforward=16, encoder_layers=1, decoder_layers=2, num_attention_heads=2,
+        task_seq_len=8, max_seq_len=8, text_encoder_width=16, text_encoder_context_length=8, text_encoder_num_layers=1,
+        text_encoder_vocab_size=64, text_encoder_proj_layers=1, text_encoder_n_ctx=2, use_auxiliary_loss=False,
+        is_training=False, num_labels=5,
+    )  # fmt: skip
+    folder = tmp_path / "oneformer"
+    OneFormerForUniversalSegmentation(config).save_pretrained(folder)
+    (folder / "classes.json").write_text(json.dumps({str(k): {"isthing": 0, "name": f"c{k}"} for k in range(5)}))
+    size = {"height": 64, "width": 64}
+    processor = OneFormerImageProcessorPil(size=size, class_info_file="classes.json", repo_path=str(folder), num_text=2)
+    processor.save_pretrained(folder)
+    tiny_tokenizer(folder)
+    labels = make(str(folder)).read(Image.new("RGB", (80, 60), (200, 10, 10)), (30, 40))
+    assert labels.shape == (30, 40) and labels.min() >= 1 and labels.max() <= 5
+
+
+class FakeInception(Means):
+    """Stands in for Inception where only what surrounds it is looked at."""
+
+    official = False
+
+    def __init__(self, path, side=0, device="cpu"):
+        super().__init__()
+        self.name = f"inception{side or 299}"
+
+
+def test_fid_and_kid_by_name_with_weights_that_are_not_theirs(tmp_path, monkeypatch, capsys):
+    from mmi_cli.main import main
+    from mmi_engine.metrics import inception
+
+    monkeypatch.setattr(inception, "InceptionFeatures", FakeInception)
+    rng = np.random.default_rng(0)
+    rows = []
+    for k in range(6):
+        Image.fromarray(rng.integers(0, 255, (9, 9, 3), dtype=np.uint8)).save(tmp_path / f"{k}.png")
+        rows.append({"id": str(k), "image": f"{k}.png"})
+    (tmp_path / "r.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = ["eval", str(tmp_path / "results.jsonl"), str(tmp_path / "r.jsonl"), "--inception", "x", "--no-cache"]
+    assert main([*arguments, "--metric", "fid,fid64,kid"]) == 0
+    out, err = capsys.readouterr()
+    scores = json.loads((tmp_path / "metrics.json").read_text())["scores"]
+    assert scores["fid"]["measures"]["FID"]["value"] == pytest.approx(0.0, abs=1e-9)
+    assert scores["kid"]["measures"]["KID × 1000"]["value"] < 0.0  # unbiased: below zero for equal sets
+    assert "FID at 64 px" in out and err.count("not those of 2015-12-05") == 3

@@ -18,7 +18,7 @@ from mmi_engine.metrics.features import folder_fingerprint
 if TYPE_CHECKING:
     from PIL import Image
 
-REMEDY = "name a transformers OneFormer directory trained on ADE20K, or toon"
+REMEDY = 'name a transformers OneFormer directory trained on ADE20K (it needs pip install "mmi[eval]"), or toon'
 
 
 class Segmenter(Protocol):
@@ -100,7 +100,11 @@ def _load(transformers: Any, directory: Path, oneformer: bool) -> tuple[Any, Any
         return processor, network
     from transformers.models.oneformer.image_processing_pil_oneformer import OneFormerImageProcessorPil
 
-    images = OneFormerImageProcessorPil.from_pretrained(directory, local_files_only=True)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    processor = transformers.OneFormerProcessor(image_processor=images, tokenizer=tokenizer)
-    return processor, transformers.OneFormerForUniversalSegmentation.from_pretrained(directory, local_files_only=True)
+    network = transformers.OneFormerForUniversalSegmentation.from_pretrained(directory, local_files_only=True)
+    processor = transformers.OneFormerProcessor(
+        image_processor=OneFormerImageProcessorPil.from_pretrained(directory, local_files_only=True),
+        tokenizer=transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True),
+        max_seq_length=network.config.max_seq_len,
+        task_seq_length=network.config.task_seq_len,
+    )
+    return processor, network
