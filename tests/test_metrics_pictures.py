@@ -243,3 +243,6 @@ def test_fid_and_kid_by_name_with_weights_that_are_not_theirs(tmp_path, monkeypa
     assert scores["fid"]["measures"]["FID"]["value"] == pytest.approx(0.0, abs=1e-9)
     assert scores["kid"]["measures"]["KID × 1000"]["value"] < 0.0  # unbiased: below zero for equal sets
     assert "FID at 64 px" in out and err.count("not those of 2015-12-05") == 3
+    assert main([*arguments, "--metric", "fid", "--parity", "released"]) == 0
+    out, err = capsys.readouterr()
+    assert "FID at 64 px" in out and "inception64" in out and "the same as fid64" in err

@@ -35,8 +35,6 @@ class Measure:
         parts: value of each item ``[n]`` where the measure is their mean (NaN: no say in it), else None; also what the
             gallery of the worst sorts by.
         resample: the measure over resamples; None for the weighted mean of `parts`.
-        limit: at most this many resamples, for measures that are dear; 0 for no interval.
-        centre: the interval is moved by the bootstrap's own bias (distances between sets are biased upwards).
         low, high: 95 % interval, filled in later; draws ``[R]`` behind it.
         baselines: what would be reached without looking (chance, majority, …), in the measure's unit.
     """
@@ -47,8 +45,6 @@ class Measure:
     higher: bool = True
     parts: np.ndarray | None = None
     resample: Resample | None = None
-    limit: int | None = None
-    centre: bool = False
     low: float = float("nan")
     high: float = float("nan")
     draws: np.ndarray | None = field(default=None, repr=False)

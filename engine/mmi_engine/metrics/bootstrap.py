@@ -33,7 +33,7 @@ def weights(n: int, resamples: int, seed: int = 0) -> Iterator[np.ndarray]:
 def add_intervals(measures: list[Measure], n: int, resamples: int = 1000, seed: int = 0) -> None:
     """Fill in `low`, `high` and `draws` of every measure.
 
-    Measures that are means are resampled together; the others one after another, each up to its own limit. With fewer
+    Measures that are means are resampled together. With fewer
     than two items, or where a measure is NaN, there is no interval; a share of 0 or 100 % gets Wilson's.
     """
     live = [m for m in measures if n > 1 and resamples > 0 and not np.isnan(m.value)]
@@ -44,7 +44,6 @@ def add_intervals(measures: list[Measure], n: int, resamples: int = 1000, seed: 
         table = np.stack([m.parts for m in means if m.parts is not None], axis=1)  # [n, M]
         known = ~np.isnan(table)
         filled = np.where(known, table, 0.0)
-    done = 0
     for chunk in weights(n, resamples, seed):
         if means:
             counts = chunk @ known
@@ -53,10 +52,8 @@ def add_intervals(measures: list[Measure], n: int, resamples: int = 1000, seed: 
             for column, measure in enumerate(means):
                 draws[id(measure)].append(values[:, column])
         for measure in others:
-            rows = chunk if measure.limit is None else chunk[: max(0, measure.limit - done)]
-            if len(rows) and measure.resample is not None:
-                draws[id(measure)].append(measure.resample(rows))
-        done += len(chunk)
+            if measure.resample is not None:
+                draws[id(measure)].append(measure.resample(chunk))
     for measure in live:
         if draws[id(measure)]:
             measure.draws = np.concatenate(draws[id(measure)])
@@ -73,13 +70,12 @@ def wilson(percent: float, n: int, z: float = 1.96) -> tuple[float, float]:
 
 
 def interval(measure: Measure) -> tuple[float, float]:
-    """95 % percentile interval of a measure's draws; moved by their bias where the measure asks for it."""
+    """95 % percentile interval of a measure's draws."""
     draws = measure.draws[~np.isnan(measure.draws)] if measure.draws is not None else np.array([])
     if len(draws) < 2:
         return float("nan"), float("nan")
     low, high = np.percentile(draws, LEVEL)
-    shift = measure.value - float(draws.mean()) if measure.centre else 0.0
-    return float(low + shift), float(high + shift)
+    return float(low), float(high)
 
 
 @dataclass(frozen=True)
@@ -112,8 +108,7 @@ def paired(run: Measure, base: Measure, n: int, resamples: int = 1000, seed: int
         draws = run.draws[:count] - base.draws[:count]
         draws = draws[~np.isnan(draws)]
         if len(draws) > 1:
-            shift = value - draws.mean() if run.centre else 0.0
-            low, high = (float(x) for x in np.percentile(draws, LEVEL) + shift)
+            low, high = (float(x) for x in np.percentile(draws, LEVEL))
             p = float((1 + np.sum(np.abs(draws - draws.mean()) >= abs(value) - 1e-12)) / (1 + len(draws)))
     test = "paired bootstrap"
     if run.resample is None and run.parts is not None and base.parts is not None and resamples > 0:

@@ -184,11 +184,10 @@ class SetDistance:
         return Measure(self.label, value, higher=False, resample=resample)
 
 
-class Fid(SetDistance):
-    """FID: Inception pool3 features, pictures brought to 299 px by the network's own bilinear resize."""
+class InceptionDistance(SetDistance):
+    """A distance of Inception's pool3 features."""
 
-    label = "FID"
-    side = 0
+    side = 0  # px that pictures are brought to before the network's own resize to 299; 0 for none
 
     @classmethod
     def network(cls, options: Options) -> Extractor:
@@ -196,7 +195,12 @@ class Fid(SetDistance):
         from mmi_engine.metrics.inception import InceptionFeatures
 
         assert options.inception is not None
-        return InceptionFeatures(options.inception, cls.side, options.device)
+        return InceptionFeatures(options.inception, cls.pixels(options), options.device)
+
+    @classmethod
+    def pixels(cls, options: Options) -> int:
+        """`side`, for the variant asked for."""
+        return cls.side
 
     def score(self, references: list[list[Source]], predictions: list[list[Source] | None]) -> Scores:
         """See `Metric.score`; other weights than FID's own are said so."""
@@ -209,10 +213,28 @@ class Fid(SetDistance):
         return scores
 
 
-class Fid64(Fid):
+class Fid(InceptionDistance):
+    """FID: pictures brought to 299 px by the network's own bilinear resize; the released variant is `Fid64`."""
+
+    label = "FID"
+    differs = "pictures are brought to 64 px first: the same as fid64"
+
+    def __init__(self, options: Options) -> None:
+        super().__init__(options)
+        if options.released:
+            self.label = Fid64.label
+
+    @classmethod
+    def pixels(cls, options: Options) -> int:
+        """64 in the released variant."""
+        return Fid64.side if options.released else cls.side
+
+
+class Fid64(InceptionDistance):
     """FID of pictures at 64 px."""
 
     label = "FID at 64 px"
+    differs = ""
     side = 64
 
 

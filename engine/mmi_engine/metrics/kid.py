@@ -12,7 +12,7 @@ from functools import partial
 import numpy as np
 
 from mmi_engine.metrics.base import Measure
-from mmi_engine.metrics.frechet import Fid, SetDistance, linear_resample
+from mmi_engine.metrics.frechet import InceptionDistance, SetDistance, linear_resample
 
 BLOCK = 2048
 SCALE = 1000.0
@@ -41,7 +41,7 @@ def mmd(x: np.ndarray, y: np.ndarray) -> tuple[float, np.ndarray]:
     return float(value), parts
 
 
-class Kid(Fid):
+class Kid(InceptionDistance):
     """KID × 1000."""
 
     label = "KID × 1000"

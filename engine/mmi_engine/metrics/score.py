@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -104,7 +104,6 @@ def evaluate(
     *,
     policy: str = "wrong",
     resamples: int = 1000,
-    only: Callable[[Pair], bool] | None = None,
 ) -> list[Card]:
     """Score one run.
 
@@ -114,15 +113,12 @@ def evaluate(
         options: variant and resources.
         policy: ``wrong`` or ``skip``, for items without a usable result.
         resamples: of the bootstrap; 0 for no intervals.
-        only: which items to look at; default all.
 
     Raises:
         ManifestError: references that cannot serve, or not a single usable result.
         UsageError: an unknown metric, or one without what it needs.
     """
     pairs, extra = pair(references, results)
-    if only is not None:
-        pairs = [item for item in pairs if only(item)]
     cards = []
     for name in names:
         card = _card(name, pairs, results.name, options, policy)
