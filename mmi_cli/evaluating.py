@@ -138,7 +138,7 @@ def show(card: Card) -> None:
         f"{card.metric} · {card.variant} · {card.items} items · {lost} · {card.references:g} references each · "
         f"{card.implementation} · mmi {known['mmi']}, Python {known['python']}, numpy {known.get('numpy', '?')}"
     )
-    terminal.table([("  " + m.name, number(m), interval(m)) for m in card.measures])
+    terminal.table([("  " + m.name, number(m), interval(m), baselines(m)) for m in card.measures])
     if card.variant == "released":
         terminal.notice(f"{card.metric}, released variant: {card.differs or 'no different from the default'}")
     remarks(card)
@@ -176,8 +176,15 @@ def interval(measure: Measure) -> str:
     """The 95 % interval, or a dash."""
     if measure.low != measure.low:  # NaN
         return "–"
-    places, count = digits(measure), 0 if measure.draws is None else len(measure.draws)
-    return f"[{measure.low:.{places}f} … {measure.high:.{places}f}]  {count} resamples"
+    places = digits(measure)
+    extreme = measure.unit == "%" and measure.value in (0.0, 100.0)
+    how = "Wilson" if extreme or measure.draws is None else f"{len(measure.draws)} resamples"
+    return f"[{measure.low:.{places}f} … {measure.high:.{places}f}]  {how}"
+
+
+def baselines(measure: Measure) -> str:
+    """What would be reached without looking."""
+    return " · ".join(f"{name} {value:.{digits(measure)}f}" for name, value in measure.baselines.items())
 
 
 def _several(options: dict[str, Any], names: list[str], references: References, runs: list[Results]) -> int:
