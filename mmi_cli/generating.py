@@ -61,6 +61,8 @@ def generate(task: Task, options: dict[str, Any]) -> int:
             f"mmi {task.name} makes pictures, which do not fit on stdout", remedy="name a folder: --out DIR"
         )
     launch.check(console.current().warning, streaming=options["out"] == "-")
+    if launch.ranks()[0] > 0:
+        console.current().progress = False  # one bar is enough; the first process draws it
     manifest = Manifest(options["manifest"], root=options["root"], column=task.column)
     loader = ImageLoader(manifest.root, allow_urls=options["allow_urls"])
     run_options = _run_options(options)

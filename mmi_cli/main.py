@@ -7,6 +7,7 @@ Place in the flow: the entry point. Commands are listed from a table, so `mmi --
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import os
 import sys
@@ -62,6 +63,18 @@ class LazyGroup(click.Group):
         command = getattr(importlib.import_module(module), attribute)
         share_environment(command)
         return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """As click does, with a guess at what a mistyped name meant."""
+        guesses = difflib.get_close_matches(args[0], self.table, n=1) if args[0] not in self.table else []
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError as error:
+            if not guesses or "Did you mean" in error.message:
+                raise
+            raise click.UsageError(f"{error.message} Did you mean '{guesses[0]}'?", ctx) from None
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Help lines from the table, without an import."""

@@ -127,7 +127,7 @@ input_options = stack(
 )
 
 model_options = stack(
-    click.option("--model", default="toon", show_default=True, metavar="M", help="toon, or a model directory."),
+    click.option("--model", default="toon", show_default=True, metavar="M", help="toon, a directory, or a hub id."),
     click.option("--device", type=DeviceType(), default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."),
     click.option("--dtype", type=click.Choice(DTYPES), default="auto", show_default=True, help="Number format."),
     click.option("--kernel", type=click.Choice(KERNELS), default="auto", show_default=True, help="Sampling kernel."),
@@ -178,7 +178,13 @@ selection_options = stack(
 resume_options = stack(
     click.option("--overwrite", is_flag=True, help="Start anew instead of resuming."),
     click.option("--retry-errors", is_flag=True, help="Work on failed rows again."),
-    click.option("--on-error", type=click.Choice(["skip", "stop"]), default="skip", show_default=True),
+    click.option(
+        "--on-error",
+        type=click.Choice(["skip", "stop"]),
+        default="skip",
+        show_default=True,
+        help="What a failed row does to the run.",
+    ),
     click.option("--dry-run", is_flag=True, help="Check the manifest and every image; load no model, write nothing."),
     click.option("--no-gallery", is_flag=True, help="Write no index.html."),
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 import mmi_kernels
-from mmi_kernels import KernelUnavailable, backends, deform_sample, numba_loops, resolve
+from mmi_kernels import KernelUnavailable, backends, cuda_build, deform_sample, numba_loops, op, resolve
 
 
 def inputs(rows: int = 2, dtype: torch.dtype = torch.float32) -> tuple[Tensor, list[tuple[int, int]], Tensor, Tensor]:
@@ -29,7 +30,6 @@ def test_auto_takes_numba_where_it_serves_and_torch_elsewhere() -> None:
     assert resolve() == "numba"
     assert resolve("auto", "cpu", torch.bfloat16) == "numba"
     assert resolve("auto", "cpu", torch.float64) == "torch"
-    assert resolve("auto", "cuda:0") == "torch"
     assert resolve("auto", "meta") == "torch"
     assert resolve("torch", "cuda") == "torch"
 
@@ -44,7 +44,7 @@ def test_auto_computes_float64_in_float64() -> None:
 @pytest.mark.parametrize(
     ("backend", "device", "dtype", "cause"),
     [
-        ("cuda", "cuda", torch.float32, "no CUDA kernel"),
+        ("cuda", "cpu", torch.float32, "serves CUDA tensors"),
         ("numba", "cuda", torch.float32, "serves CPU tensors"),
         ("numba", "cpu", torch.float64, "computes in float32"),
     ],
@@ -150,8 +150,43 @@ def test_a_forked_process_starts_its_own_workers() -> None:
     assert numba_cpu._pool is not before
 
 
-@pytest.mark.gpu
-def test_cuda_tensors_are_served_by_torch() -> None:
-    on_cpu = deform_sample(*inputs(), backend="torch")
-    on_gpu = deform_sample(*(t.cuda() if isinstance(t, Tensor) else t for t in inputs()))
-    assert torch.allclose(on_gpu.cpu(), on_cpu, rtol=1e-5, atol=1e-6)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_without_a_cuda_device(caplog: pytest.LogCaptureFixture) -> None:
+    op._told.clear()
+    assert resolve("auto", "cuda:0") == resolve("auto", "cuda") == "torch"
+    assert len([record for record in caplog.records if "runs in torch" in record.message]) == 1  # said once
+    with pytest.raises(KernelUnavailable, match="no CUDA (support|driver or device)"):
+        resolve("cuda", "cuda")
+    assert not backends()["cuda"].available
+
+
+@pytest.mark.parametrize(
+    ("broken", "cause", "remedy"),
+    [
+        ({"get_device_capability": lambda _: (6, 1)}, "compute capability 6.1, the kernel needs 7.0", "'torch'"),
+        ({"installed": lambda: False}, "CuPy is not installed", r"pip install 'mmi\[cuda13\]'"),
+        ({}, r"CuPy cannot compile or run a kernel here \(RuntimeError: broken\)", r"pip install 'mmi\[cuda13\]'"),
+    ],
+)
+def test_why_the_kernel_cannot_serve_a_device(
+    broken: dict[str, Callable], cause: str, remedy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a machine with a device, one thing broken at a time."""
+
+    def fails(device: int) -> None:
+        raise RuntimeError("broken\nand more")
+
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
+    found = {"is_available": lambda: True, "device_count": lambda: 1, "get_device_name": lambda _: "Card"}
+    for name, answer in (found | {"get_device_capability": lambda _: (9, 0)} | broken).items():
+        if name != "installed":
+            monkeypatch.setattr(torch.cuda, name, answer)
+    monkeypatch.setattr(cuda_build, "installed", broken.get("installed", lambda: True))
+    monkeypatch.setattr(cuda_build, "_probe", fails)
+    cuda_build.state.cache_clear()
+    try:
+        with pytest.raises(KernelUnavailable, match=cause) as caught:
+            resolve("cuda", "cuda:0")
+        assert re.search(remedy, caught.value.remedy)
+    finally:
+        cuda_build.state.cache_clear()

@@ -10,9 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tiny import tiny_model
 from train_cache import small_cache
 
 from mmi_engine.errors import ConfigError, ModelError
+from mmi_engine.model.checkpoint import load_model, save_model
 from mmi_engine.train.loop import Loop
 from mmi_engine.train.recipe import DataConfig, LoopConfig, LossConfig, OptimConfig, Recipe
 from mmi_engine.train.vae import CodecTask, codec_config, edge_loss, load_codec, psnr
@@ -138,3 +140,21 @@ def test_errors_name_what_is_wrong(task: CodecTask, tmp_path: Path) -> None:
     crooked = dataclasses.replace(task.recipe, data=DataConfig(crop=15))
     with pytest.raises(ConfigError, match=r"data\.crop"):
         CodecTask(crooked, task.train, task.val)
+
+
+def test_decoder_of_a_whole_model_is_trained_and_nothing_else(task: CodecTask, tmp_path: Path) -> None:
+    save_model(tiny_model(), tmp_path / "base")
+    recipe = dataclasses.replace(
+        task.recipe,
+        model={"base": str(tmp_path / "base")},
+        loss=LossConfig(kl=0.0, latent_noise=0.1),
+        optim=OptimConfig(lr=1e-2, warmup=1, freeze=(r"codec\.vae\.encoder\.", r"codec\.vae\.quant_conv\.")),
+        data=DataConfig(crop=32),
+        loop=dataclasses.replace(task.recipe.loop, steps=2, eval_every=2),
+    )
+    (tmp_path / "run").mkdir()
+    Loop(recipe, CodecTask(recipe, task.train, task.val), tmp_path / "run").run()
+    before = load_model(tmp_path / "base").state_dict()
+    after = load_model(tmp_path / "run" / "model").state_dict()
+    changed = {name for name in before if not torch.allclose(before[name], after[name], atol=1e-3)}
+    assert changed and all(".codec.vae.decoder." in n or ".codec.vae.post_quant_conv." in n for n in changed)

@@ -19,6 +19,7 @@ from mmi_engine.toon.tokenizer import PATH, VOCABULARY
 from mmi_engine.toon.world import sample_story
 from mmi_engine.train import cache
 from mmi_engine.train.data import BUILDERS, Mixture, describe, mixture_counts
+from mmi_engine.train.loader import stream
 
 TOKENS = SpecialTokens(1, 2, VOCABULARY - 1, VOCABULARY, VOCABULARY + 1)
 TOKENIZER = DirectoryTokenizer(PATH.parent)
@@ -121,9 +122,9 @@ def test_begin_of_image_is_a_target_where_the_model_decides(pictures: cache.Cach
 
 
 def test_images_match_placeholders_and_pictures(pictures: cache.Cache) -> None:
-    stream = mixture(pictures, per_image=3)
-    batch = stream.batch(2, 4)
-    inputs, rows = batch.inputs, [stream.row(8 + i) for i in range(4)]
+    rows_of = mixture(pictures, per_image=3)
+    batch = rows_of.batch(2, 4)
+    inputs, rows = batch.inputs, [rows_of.row(8 + i) for i in range(4)]
     assert inputs.image_counts.tolist() == [len(row.images) for row in rows]
     assert ((inputs.text_ids == TOKENS.image).sum(1) == 3 * inputs.image_counts).all()
     references = [reference for row in rows for reference in row.images]
@@ -132,13 +133,29 @@ def test_images_match_placeholders_and_pictures(pictures: cache.Cache) -> None:
         if reference.kind == "maps":
             stored = np.array(PALETTE, np.uint8)[stored]
             assert not latent.any()
-        assert np.array_equal((picture.permute(1, 2, 0) * 255).round().byte().numpy(), stored)
+        assert np.array_equal(picture.numpy(), stored)
+    ready = batch.to("cpu").inputs.images
+    assert ready.shape[1:] == (3, *inputs.images.shape[1:3])
+    assert torch.allclose(ready, inputs.images.movedim(-1, 1) / 255.0)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_come_in_order_and_equal_for_any_number_of_processes(pictures: cache.Cache, workers: int) -> None:
+    data = mixture(pictures)
+    indices = [5, 7, 9, 11, 13, 15]
+    found = list(stream(lambda index: data.batch(index, 2), indices, workers=workers, pin=False))
+    assert [index for index, _ in found] == indices
+    for index, batch in found:
+        expected = data.batch(index, 2)
+        assert batch.names == expected.names
+        assert torch.equal(batch.inputs.images, expected.inputs.images)
+        assert torch.equal(batch.inputs.latents, expected.inputs.latents)
 
 
 def test_latents_are_scaled_samples_of_the_posterior(pictures: cache.Cache) -> None:
-    stream = mixture(pictures, {"t2i": 1.0}, row_tokens=1)
-    references = [stream.row(0).images[0]] * 4000
-    sample = stream.sampled_latents(references, np.random.default_rng(0)) / 0.5
+    rows_of = mixture(pictures, {"t2i": 1.0}, row_tokens=1)
+    references = [rows_of.row(0).images[0]] * 4000
+    sample = rows_of.sampled_latents(references, np.random.default_rng(0)) / 0.5
     mean = pictures.picture(references[0].story, references[0].frame).reshape(-1)[:8].reshape(2, 2, 2)
     assert np.allclose(sample.mean(0), mean, atol=5 * 3 / np.sqrt(4000))
     assert float(sample.std(0).mean()) == pytest.approx(3, rel=0.02)

@@ -19,7 +19,7 @@ from mmi_engine.model.checkpoint import load_model, save_model
 from mmi_engine.model.presets import toon_config
 from mmi_engine.toon.tokenizer import VOCABULARY
 from mmi_engine.train.cache import Cache
-from mmi_engine.train.interleaved import InterleavedTask, build_model, merged
+from mmi_engine.train.interleaved import InterleavedObjective, InterleavedTask, build_model, merged
 from mmi_engine.train.loop import Loop
 from mmi_engine.train.recipe import DataConfig, LoopConfig, LossConfig, OptimConfig, Recipe
 from mmi_engine.train.vae import codec_config
@@ -49,7 +49,7 @@ def make_task(folder: Path, pictures: Cache) -> InterleavedTask:
 
 
 def test_everything_is_trained_but_the_codec(task: InterleavedTask) -> None:
-    loss, _ = task.module(task.batch(0))
+    loss, _ = task.module(task.to_device(task.batch(0), "cpu"))
     loss.backward()
     frozen = {n for n, p in task.model.named_parameters() if not p.requires_grad}
     assert {n for n in frozen if not n.endswith("ignore_token")} == {
@@ -61,7 +61,7 @@ def test_everything_is_trained_but_the_codec(task: InterleavedTask) -> None:
 
 
 def test_counted_pictures_are_those_to_be_drawn(task: InterleavedTask) -> None:
-    batch = task.batch(0)
+    batch = task.to_device(task.batch(0), "cpu")
     drawn = int(sum({"story": 5, "t2i": 1, "seg2img": 1}.get(name.split(":")[0], 0) for name in batch.names))
     assert drawn > 0 and task.size(batch) == 2 * drawn
     assert len(task.ids(batch)) == len(batch.names)
@@ -69,7 +69,7 @@ def test_counted_pictures_are_those_to_be_drawn(task: InterleavedTask) -> None:
 
 def test_losses_add_up(task: InterleavedTask) -> None:
     torch.manual_seed(0)
-    loss, parts = task.module(task.batch(1))
+    loss, parts = task.module(task.to_device(task.batch(1), "cpu"))
     config = task.model.config
     expected = config.loss_text_weight * parts["text"] + config.loss_image_weight * parts["image"]
     assert float(loss.detach()) == pytest.approx(float(expected), rel=1e-5)
@@ -119,3 +119,18 @@ def test_nested_configuration_values_are_replaced() -> None:
     assert changed.image_decoder.mmfs == dataclasses.replace(config.image_decoder.mmfs, points=2)
     with pytest.raises(ModelError, match="imagedecoder"):
         merged(config, {"imagedecoder": {}})
+
+
+def test_redrawn_pictures_come_from_the_codec_and_maps_stay(task: InterleavedTask) -> None:
+    batch = task.to_device(task.batch(0), "cpu")
+    objective = InterleavedObjective(task.model, 1, redrawn=1.0).train()
+    torch.manual_seed(0)
+    seen = objective._as_drawn(batch.inputs).images
+    has_latents = batch.inputs.latents.flatten(1).any(1)
+    assert has_latents.any() and not has_latents.all()
+    assert torch.equal(seen[~has_latents], batch.inputs.images[~has_latents])
+    exact = task.model.codec.decode(batch.inputs.latents[has_latents])
+    nearest = torch.cdist(seen[has_latents].flatten(1), exact.flatten(1)).argmin(1)
+    assert nearest.tolist() == list(range(len(exact)))  # each is a noisy drawing of its own latents
+    assert not torch.equal(seen[has_latents], exact)
+    assert InterleavedObjective(task.model, 1, redrawn=0.0)._as_drawn(batch.inputs).images.equal(batch.inputs.images)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mmi_engine.data.images import ImageLoader
@@ -118,6 +118,8 @@ _BY_FIELD: dict[str, Callable[[], Task]] = {
 
 def _look(row: Row, task: Task | None, loader: ImageLoader) -> tuple[int, int]:
     """(images loaded, pieces to generate) of one row; raises ItemError."""
+    if task is None and isinstance(row.data.get("messages"), list):  # answered chats are sound too: training data
+        row = replace(row, data={**row.data, "messages": [*row.data["messages"], {"role": "assistant"}]})
     job = (task or task_of(row.data)).read(row, loader)
     given = sum(piece.kind == "image" and piece.value is not None for piece in job.pieces)
     missing = sum(piece.value is None for piece in job.pieces)

@@ -76,6 +76,7 @@ class ModelEngine:
         self._settings: Any = None
         self._model: Any = None
         self._clip: Any = None
+        self._probing = False
 
     def identity(
         self, rows: int, recorded: dict[str, Any], sample: Callable[[], Job | None] | None = None
@@ -114,6 +115,7 @@ class ModelEngine:
             return
         from mmi_engine.probe import CudaMeter, HostMeter, choose
 
+        self._probing = True
         self.load()
         full, bound = self._settings, self.batch_size
         short = min(4, full.max_new_tokens)
@@ -197,6 +199,10 @@ class ModelEngine:
             own.pop("temperature", None)
         if "max_new_tokens" in named:
             own["min_new_tokens"] = min(own.get("min_new_tokens", 0), named["max_new_tokens"])
+        elif "min_new_tokens" in named and "max_new_tokens" in own:
+            own["max_new_tokens"] = max(own["max_new_tokens"], named["min_new_tokens"])
+        if named.get("top_p", 1.0) < 1.0 and not (named.get("temperature") or own.get("temperature")):
+            raise UsageError("--top-p needs sampled text", remedy="add --temperature 1")
         chosen = {
             **own,
             "steps": defaults.fast_steps if self.choices.fast else defaults.steps,
@@ -223,7 +229,7 @@ class ModelEngine:
         threads = f", {resolved['threads']} threads" if resolved["device"] == "cpu" else ""
         self.notice(
             f"{self.choices.model} on {self._device}, {resolved['dtype']}, kernel {resolved['kernel']}{threads}, "
-            f"batch size {self.batch_size if self.choices.batch_size else 'auto'}"
+            f"batch size {'to be tried' if self._probing else self.batch_size}"
         )
         self._model = load_model(self._directory, device=self._device, dtype=_torch_dtype(resolved["dtype"]))
         self._model.set_backend(resolved["kernel"])

@@ -38,14 +38,17 @@ h1 { margin: 0 0 6px; font: 600 34px/1.15 "Iowan Old Style", "Palatino Linotype"
 header p { margin: 0; color: var(--soft); }
 .key { display: inline-block; padding: 0 9px; border-radius: 99px; border: 1px solid var(--line); font-size: 13px; }
 .key.made { border-color: var(--made); color: var(--made); background: var(--made-soft); }
-.item { margin: 26px 0; padding: 18px clamp(14px, 2vw, 24px) 22px; background: var(--card); border-radius: 14px;
+.items { display: grid; grid-template-columns: repeat(auto-fill, minmax(236px, 1fr)); gap: 22px; margin: 26px 0; }
+.item { padding: 18px clamp(14px, 2vw, 24px) 22px; background: var(--card); border-radius: 14px;
   border: 1px solid var(--line); box-shadow: var(--shade); }
 .item h2 { display: flex; flex-wrap: wrap; gap: 4px 14px; align-items: baseline; margin: 0 0 14px; font-size: 16px;
   font-weight: 600; overflow-wrap: anywhere; }
 .item h2 a { color: inherit; text-decoration: none; }
 .item h2 a:hover { text-decoration: underline; }
 .item h2 small { color: var(--soft); font-weight: 400; font-size: 13px; }
-.strip { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 208px), 1fr)); gap: 18px; }
+.two { grid-column: span 2; }
+.wide { grid-column: 1 / -1; }
+.strip { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 178px), 1fr)); gap: 18px; }
 figure { margin: 0; min-width: 0; }
 figure .picture { position: relative; display: block; border-radius: 10px; overflow: hidden; background: var(--line); }
 figure img { display: block; width: 100%; height: auto; aspect-ratio: 1; object-fit: contain; }
@@ -71,7 +74,8 @@ td code { color: var(--bad); white-space: nowrap; }
 td:first-child { white-space: nowrap; color: var(--soft); font-variant-numeric: tabular-nums; }
 footer { padding-top: 8px; padding-bottom: 44px; color: var(--soft); font-size: 13px; }
 footer a { color: inherit; }
-@media (max-width: 560px) { .strip { grid-template-columns: repeat(auto-fill, minmax(132px, 1fr)); gap: 14px; } }
+@media (max-width: 560px) { .two { grid-column: 1 / -1; }
+  .strip { grid-template-columns: repeat(auto-fill, minmax(132px, 1fr)); gap: 14px; } }
 @media print { .item { break-inside: avoid; box-shadow: none; } }
 """
 
@@ -116,9 +120,10 @@ def pages(
                 _item(result, task.panels(result, _data_of(result["id"], asked), copies(result["id"])))
                 for result in made
             )
+            listed = f'<div class="items">\n{items}\n</div>' if items else ""
             table = _error_table(errors, failed) if number == 1 and failed else ""
             nav = _nav(number, count)
-            yield _page_name(number), _page(task.name, total, failed, f"{nav}\n{items}\n{table}\n{nav}")
+            yield _page_name(number), _page(task.name, total, failed, f"{nav}\n{listed}\n{table}\n{nav}")
 
 
 def _data_of(item_id: str, rows: Iterator[Row]) -> dict[str, Any]:
@@ -173,7 +178,8 @@ def _nav(number: int, count: int) -> str:
 def _item(row: dict[str, Any], panels: list[Panel]) -> str:
     anchor = urllib.parse.quote(row["id"], safe="")
     figures = "\n".join(_figure(panel) for panel in panels)
-    return f"""<section class="item" id="{anchor}">
+    size = {0: "", 1: "", 2: " two"}.get(len(panels), " wide")
+    return f"""<section class="item{size}" id="{anchor}">
 <h2><a href="#{urllib.parse.quote(anchor)}">{escape(row["id"])}</a><small>seed {row["seed"]}</small></h2>
 <div class="strip">
 {figures}

@@ -17,6 +17,7 @@ import contextlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 RESULTS, ERRORS, RUN = "results", "errors", "run.json"
+SYNC_EVERY_S = 0.5  # rows of the last moments may be lost in a power cut; they are then made again
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +66,7 @@ class OutputDir:
         self._files = {kind: directory / f"{kind}{suffix}.jsonl" for kind in (RESULTS, ERRORS)}
         self._streams: dict[str, IO[bytes]] = {}
         self._held = False
+        self._synchronised = time.monotonic()
         self.done = RowIndex("id")
         self.failed = RowIndex("line")
 
@@ -179,7 +182,7 @@ class OutputDir:
     def commit(
         self, row: dict[str, Any], media: dict[str, Image.Image], copies: dict[str, bytes], line: int = 0
     ) -> None:
-        """Write an item's media, then its row; on return both are on disk.
+        """Write an item's media, then its row; on return both survive a kill.
 
         Args:
             row: the result row with its ``id``.
@@ -215,7 +218,15 @@ class OutputDir:
     def _append(self, kind: str, row: dict[str, Any]) -> None:
         stream = self._streams[kind]
         stream.write(encode(row))
-        _flush(stream)
+        stream.flush()  # safe from a kill of this process; from a power cut, once it is synchronised
+        if time.monotonic() - self._synchronised > SYNC_EVERY_S:
+            self._synchronise()
+
+    def _synchronise(self) -> None:
+        for stream in self._streams.values():
+            if not stream.closed:
+                _flush(stream)
+        self._synchronised = time.monotonic()
 
     def remove_media(self, names: Iterable[str]) -> None:
         """Delete media files and the folders they leave empty. Names come from this program's own rows."""
@@ -282,6 +293,7 @@ class OutputDir:
             self._index(live_parts_besides(self.directory, self.part))
             if not self.part.whole and any(self.is_open(entry) for entry in order):
                 return False
+            self._synchronise()
             for stream in self._streams.values():
                 stream.close()
             final = {kind: self.directory / f"{kind}.jsonl" for kind in (RESULTS, ERRORS)}
@@ -293,11 +305,12 @@ class OutputDir:
                     path.unlink()
             return True
 
-    def complete(self, entries: Iterable[Entry]) -> bool:
-        """Whether nothing is left to do of these rows, whoever did it."""
+    def complete(self, entries: Iterable[Entry]) -> tuple[bool, bool]:
+        """Whether nothing is left to do of these rows, whoever did it; and whether others are at work."""
         with _disk(self.directory), guard(self.directory):
-            self._index(live_parts_besides(self.directory, self.part))
-        return not any(self.is_open(entry) for entry in entries)
+            others = live_parts_besides(self.directory, self.part)
+            self._index(others)
+        return not any(self.is_open(entry) for entry in entries), bool(others)
 
     def is_open(self, entry: Entry) -> bool:
         """Whether a row still has to be worked on, going by the rows indexed last."""
@@ -305,6 +318,8 @@ class OutputDir:
 
     def close(self) -> None:
         """Give the part back. Called at the end of every run, also a failed one."""
+        with contextlib.suppress(OSError):
+            self._synchronise()
         for stream in self._streams.values():
             with contextlib.suppress(OSError):
                 stream.close()

@@ -17,12 +17,13 @@ import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from mmi_engine import gallery
 from mmi_engine.ahead import Writer, ahead
-from mmi_engine.batches import Engine, attempt, buckets
+from mmi_engine.batches import Engine, as_item_error, attempt, buckets
 from mmi_engine.copies import copies_of, copy_name, sweep_copies
 from mmi_engine.data.images import ImageLoader, shrink, small_copy
 from mmi_engine.data.manifest import Manifest, Row, item_seed
@@ -36,6 +37,7 @@ from mmi_engine.tasks import Job, Piece, Task
 
 __all__ = ["Reporter", "RunOptions", "Summary", "run", "select"]
 
+LAUNCH_GRACE_S = 60.0  # how long a process that has failed items waits for others that it does not see
 MAX_COPIES = 12  # given pictures of one item that the gallery shows
 
 
@@ -140,10 +142,15 @@ class _Worker:
         """A launcher ends all processes when one returns an error: who has failed items returns after the others."""
         everyone = replace(self.options, part=replace(self.options.part, rank=0, world=1))
         entries = list(select(self.order, everyone).values())
-        pause = 0.2
-        while isinstance(self.out, OutputDir) and not self.out.complete(entries):
+        pause, alone_since = 0.2, time.monotonic()
+        while isinstance(self.out, OutputDir):
+            finished, others = self.out.complete(entries)
+            if others:
+                alone_since = time.monotonic()
+            if finished or time.monotonic() - alone_since > LAUNCH_GRACE_S:
+                return
             time.sleep(pause)
-            pause = min(2 * pause, 10.0)
+            pause = min(2 * pause, 5.0)
 
     def _open(self) -> None:
         """Settle who this run is and take hold of the output."""
@@ -220,7 +227,7 @@ class _Worker:
 
     def _jobs(self, todo: set[int], interrupt: Interrupt) -> Generator[Job]:
         """Jobs of the rows to do, read ahead; rows that cannot become one go straight to the errors."""
-        rows = (row for row in self.manifest.rows() if row.line in todo)
+        rows = islice((row for row in self.manifest.rows() if row.line in todo), len(todo))
         reading = ahead(self._read, rows, depth=min(64, max(4, 2 * self.engine.batch_size)))
         try:
             for found in reading:
@@ -244,12 +251,15 @@ class _Worker:
         try:
             if row.error is not None:
                 raise row.error
-            job = self.task.read(row, self.loader)
-        except ItemError as error:
-            return _Read(row, error=error)
-        given = [piece.value for piece in job.pieces if piece.kind == "image" and piece.value is not None]
+            return self._prepared(row)
+        except Exception as error:  # a fault that nobody foresaw is this row's alone, too
+            return _Read(row, error=as_item_error(error))
+
+    def _prepared(self, row: Row) -> _Read:
+        job = self.task.read(row, self.loader)
         copies: tuple[bytes, ...] = ()
         if self.task.keeps_inputs and self.options.gallery and self.directory is not None:
+            given = [piece.value for piece in job.pieces if piece.kind == "image" and piece.value is not None]
             shown = given if job.shown is None else job.shown
             copies = tuple(small_copy(picture) for picture in shown[:MAX_COPIES])
         side = self.engine.input_side
@@ -282,8 +292,8 @@ class _Worker:
         copies = {copy_name(stem, number): content for number, content in enumerate(self.copies.pop(row.line, ()))}
         try:
             output = self.task.output(job, pieces, stem, self.engine.image_size)
-        except ItemError as error:
-            self._failed(row, error)
+        except Exception as error:
+            self._failed(row, as_item_error(error))
             return
         result: dict[str, Any] = {"id": row.id, **output.fields}
         if row.meta is not None:

@@ -70,9 +70,13 @@ class InterleavedBatch:
     image_loss_mask: Tensor | None = None
 
     def to(self, device: torch.device | str) -> InterleavedBatch:
-        """The same batch on another device."""
-        moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in vars(self).items()}
+        """The same batch on another device; from pinned memory the host does not wait."""
+        moved = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in vars(self).items()}
         return replace(self, **moved)
+
+    def pin_memory(self) -> InterleavedBatch:
+        """The same batch in page-locked memory."""
+        return replace(self, **{k: v.pin_memory() if isinstance(v, Tensor) else v for k, v in vars(self).items()})
 
 
 def tokenize(pieces: SequenceOf[Piece], tokenizer: TextTokenizer, tokens: SpecialTokens, per_image: int) -> Sequence:
@@ -152,11 +156,10 @@ def language_visibility(ids: Tensor, tokens: SpecialTokens, max_images: int) -> 
     """
     visible = ids.new_zeros(*ids.shape, max_images)
     rows, columns = image_positions(ids, tokens)
-    starts = last_bos(ids, tokens)
     positions = torch.arange(ids.shape[1], device=ids.device)
-    for row, column, order in zip(rows.tolist(), columns.tolist(), _order_in_row(rows).tolist(), strict=True):
-        same_document = starts[row] <= column
-        visible[row, :, order] = ((positions > column) & same_document).long()
+    same_document = last_bos(ids, tokens)[rows] <= columns[:, None]  # (ΣN, T)
+    begun = positions[None] > columns[:, None]
+    visible.transpose(1, 2)[rows, _order_in_row(rows)] = (begun & same_document).long()
     return visible
 
 

@@ -1,8 +1,12 @@
 """mmi_kernels: the sampling operation under MMFS, in pure torch and in faster forms.
 
+    fused.py       mmfs_attention and deform_attention: projected queries in, sampled values out
     op.py          deform_sample: checks, picks a backend, calls it; backends() and resolve() tell which
     reference.py   pure torch, differentiable: the truth and the fallback
     numba_cpu.py   compiled CPU form, forward and backward (imported on first use)
+    mmfs.cu        CUDA source of both attentions and of deform_sample, forward and backward
+    cuda_build.py  compiles and launches it through CuPy
+    cuda_op.py     registers it as torch operators with gradients
     bench.py       verifies, then times the backends
 
 This package knows torch, numpy, numba and cupy, and nothing of the engine above it.
@@ -11,6 +15,16 @@ This package knows torch, numpy, numba and cupy, and nothing of the engine above
 from __future__ import annotations
 
 from mmi_kernels.errors import KernelUnavailable
+from mmi_kernels.fused import deform_attention, mmfs_attention
 from mmi_kernels.op import BACKENDS, BackendState, backends, deform_sample, resolve
 
-__all__ = ["BACKENDS", "BackendState", "KernelUnavailable", "backends", "deform_sample", "resolve"]
+__all__ = [
+    "BACKENDS",
+    "BackendState",
+    "KernelUnavailable",
+    "backends",
+    "deform_attention",
+    "deform_sample",
+    "mmfs_attention",
+    "resolve",
+]

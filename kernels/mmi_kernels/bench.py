@@ -80,11 +80,11 @@ class Case:
             locations = torch.rand(n, q, h, levels, p, 2, generator=generator)
         else:
             offsets = torch.randn(n, q, h, 1, p, 2, generator=generator) * 3 / self.sides[0]
-            locations = (self._places() + offsets).expand(n, q, h, levels, p, 2).contiguous()
+            locations = (self.places() + offsets).expand(n, q, h, levels, p, 2).contiguous()
         weights = torch.randn(n, q, h, levels * p, generator=generator).softmax(-1).view(n, q, h, levels, p)
         return value.to(device), locations.to(device), weights.to(device)
 
-    def _places(self) -> Tensor:
+    def places(self) -> Tensor:
         """[1, Q, 1, 1, 1, 2]: cell centres of the query grid where Q is a square, else the middle (as in the LLM)."""
         side = round(self.queries**0.5)
         if side * side != self.queries or side == 1:

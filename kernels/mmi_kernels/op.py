@@ -9,7 +9,7 @@ Backends (asked for by name they serve or fail, nothing falls back silently; "au
 
     torch   `reference.py`, any device and dtype, always there
     numba   `numba_cpu.py`, CPU tensors, float32 (and 16-bit, computed in float32), forward and backward
-    cuda    a RawKernel for CUDA tensors; not part of this version, CUDA tensors are served by torch
+    cuda    `mmfs.cu` through `cuda_op.py`: a CuPy RawKernel for CUDA tensors in float32 and 16-bit types
 
 Source: MM-Interleaved, Eq. 4; Deformable DETR (Zhu et al. 2021), Eq. 3.
 """
@@ -17,6 +17,7 @@ Source: MM-Interleaved, Eq. 4; Deformable DETR (Zhu et al. 2021), Eq. 3.
 from __future__ import annotations
 
 import importlib.util
+import logging
 from collections.abc import Sequence
 from functools import cache
 from typing import NamedTuple
@@ -24,14 +25,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mmi_kernels import cuda_build
 from mmi_kernels.errors import KernelUnavailable
 from mmi_kernels.reference import deform_sample_reference
 
 BACKENDS = ("auto", "torch", "numba", "cuda")
 
+_LOG = logging.getLogger(__name__)
+_told: set[str] = set()
 _NUMBA_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _NUMBA_POSITIONS = 2**24  # it holds positions in float32, which counts exactly up to here
-_CUDA_MISSING = "this version ships no CUDA kernel"
 _NUMBA_MISSING = "numba is not installed"
 
 
@@ -51,25 +54,40 @@ def _numba_present() -> bool:
     return importlib.util.find_spec("numba") is not None
 
 
+@torch.compiler.assume_constant_result
+def _cuda_state(index: int | None) -> tuple[bool, str, str]:
+    """(works, what was found, remedy) for a CUDA device; ``None`` is the current one."""
+    if index is None:
+        index = torch.cuda.current_device() if torch.cuda.is_available() else 0
+    return cuda_build.state(index)
+
+
+@torch.compiler.assume_constant_result
+def _tell(reason: str) -> None:
+    """Log once per reason that "auto" leaves a CUDA device to torch."""
+    if reason not in _told:
+        _told.add(reason)
+        _LOG.warning("deformable sampling on CUDA runs in torch, not in the kernel: %s", reason)
+
+
 def backends() -> dict[str, BackendState]:
-    """What each backend can do here: name → (available, reason). Imports neither numba nor cupy."""
+    """What each backend can do here: name → (available, reason). Imports numba never, cupy where there is CUDA only."""
     numba = (
         BackendState(True, "CPU tensors in float32 and 16-bit types")
         if _numba_present()
         else BackendState(False, f"{_NUMBA_MISSING} (pip install 'mmi[fast]')")
     )
-    return {
-        "torch": BackendState(True, "every device and dtype"),
-        "numba": numba,
-        "cuda": BackendState(False, f"{_CUDA_MISSING}; CUDA tensors are served by torch"),
-    }
+    works, found, remedy = _cuda_state(None)
+    cuda = BackendState(works, found if works else f"{found}; {remedy}")
+    return {"torch": BackendState(True, "every device and dtype"), "numba": numba, "cuda": cuda}
 
 
 def resolve(backend: str = "auto", device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> str:
-    """The name of the backend that will serve a call: "torch" or "numba".
+    """The name of the backend that will serve a call: "torch", "numba" or "cuda".
 
     Args:
-        backend: one of `BACKENDS`. "auto" means numba for CPU tensors it can serve, torch for everything else.
+        backend: one of `BACKENDS`. "auto" means numba for CPU tensors and cuda for CUDA tensors that they can serve,
+            torch for everything else; that a CUDA device is left to torch is logged once, with the reason.
         device: where the tensors are.
         dtype: the widest dtype among value, locations and weights.
 
@@ -80,24 +98,59 @@ def resolve(backend: str = "auto", device: torch.device | str = "cpu", dtype: to
     if backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}; choose one of {', '.join(BACKENDS)}")
     device = torch.device(device)
-    if backend == "cuda":
-        raise KernelUnavailable(f"backend 'cuda': {_CUDA_MISSING}", remedy="use 'torch' (or 'auto') for CUDA tensors")
-    if backend == "numba":
+    if backend == "torch":
+        return "torch"
+    if backend == "auto":
+        name = {"cpu": "numba", "cuda": "cuda"}.get(device.type, "torch")
+        refusal = _refusal(name, device, dtype)
+        if refusal and name == "cuda" and dtype in cuda_build.KINDS:
+            _tell(refusal[0].lstrip(": "))
+        return "torch" if refusal else name
+    refusal = _refusal(backend, device, dtype)
+    if refusal:
+        raise KernelUnavailable(f"backend {backend!r}{refusal[0]}", remedy=refusal[1])
+    return backend
+
+
+def _refusal(name: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str] | None:
+    """Why a backend cannot serve tensors of this kind here, and the remedy; ``None`` if it can."""
+    other = "use 'torch' (or 'auto')"
+    if name == "numba":
         if not _numba_present():
-            raise KernelUnavailable(
-                f"backend 'numba': {_NUMBA_MISSING}", remedy="pip install 'mmi[fast]', or use 'torch' (or 'auto')"
-            )
+            return f": {_NUMBA_MISSING}", f"pip install 'mmi[fast]', or {other}"
         if device.type != "cpu":
-            raise KernelUnavailable(
-                f"backend 'numba' serves CPU tensors, not {device.type}", remedy="use 'torch' (or 'auto')"
-            )
+            return f" serves CPU tensors, not {device.type}", other
         if dtype not in _NUMBA_DTYPES:
-            raise KernelUnavailable(
-                f"backend 'numba' computes in float32, not {dtype}", remedy="use 'torch' (or 'auto')"
-            )
-        return "numba"
-    serves = backend == "auto" and device.type == "cpu" and dtype in _NUMBA_DTYPES and _numba_present()
-    return "numba" if serves else "torch"
+            return f" computes in float32, not {dtype}", other
+    if name == "cuda":
+        if device.type != "cuda":
+            return f" serves CUDA tensors, not {device.type}", f"move them, or {other}"
+        works, found, remedy = _cuda_state(device.index)
+        if not works:
+            return f": {found}", remedy
+        if dtype not in cuda_build.KINDS:
+            return f" computes in float32, not {dtype}", other
+    return None
+
+
+def backend_for(backend: str, value: Tensor, dtypes: Sequence[torch.dtype], images: int = 1) -> str:
+    """`resolve` for a call with ``value`` [R, S, H, D] and tensors of ``dtypes``, sizes considered too."""
+    widest = dtypes[0]
+    for dtype in dtypes[1:]:
+        widest = torch.promote_types(widest, dtype)
+    served_by = resolve(backend, value.device, widest)
+    most, refusal = cuda_build.MOST_CHANNELS, ""
+    if served_by == "numba" and value.shape[1] > _NUMBA_POSITIONS:
+        refusal = f"at most {_NUMBA_POSITIONS} positions, not {value.shape[1]}"
+    elif served_by == "cuda" and value.shape[3] > most:
+        refusal = f"at most {most} channels per head, not {value.shape[3]}"
+    elif served_by == "cuda" and images > cuda_build.MOST_IMAGES:
+        refusal = f"at most {cuda_build.MOST_IMAGES} images, not {images}"
+    if refusal and backend == "auto":
+        return "torch"
+    if refusal:
+        raise KernelUnavailable(f"backend {backend!r} serves {refusal}", remedy="use 'torch' (or 'auto')")
+    return served_by
 
 
 def deform_sample(
@@ -128,15 +181,12 @@ def deform_sample(
         KernelUnavailable: the named backend cannot serve this call.
     """
     shapes = _checked_shapes(value, spatial_shapes, locations, weights)
-    widest = torch.promote_types(torch.promote_types(value.dtype, locations.dtype), weights.dtype)
-    served_by = resolve(backend, value.device, widest)
-    if served_by == "numba" and value.shape[1] > _NUMBA_POSITIONS:
-        if backend == "numba":
-            raise KernelUnavailable(
-                f"backend 'numba' serves at most {_NUMBA_POSITIONS} positions, not {value.shape[1]}",
-                remedy="use 'torch' (or 'auto')",
-            )
-        served_by = "torch"
+    served_by = backend_for(backend, value, (value.dtype, locations.dtype, weights.dtype))
+    if served_by == "cuda":
+        from mmi_kernels import cuda_op
+
+        in_cells = [(width, height) for height, width in shapes]
+        return cuda_op.sample(value, shapes, locations.flatten(2), weights.flatten(2), in_cells, cuda_build.SAMPLE)
     if served_by == "numba":
         from mmi_kernels.numba_cpu import deform_sample_numba
 

@@ -54,7 +54,7 @@ Field of --template: {image}.
 @resume_options
 @message_options
 def caption(**options: Any) -> int:
-    """Describe the pictures in MANIFEST: JSON lines, a folder of pictures, a CSV, a list of paths (.txt), - for stdin.
+    """Describe the pictures in MANIFEST: JSON lines, a picture or a folder of them, CSV, a list of paths, - for stdin.
 
     Writes results.jsonl with a "caption" per row, errors.jsonl, run.json and a gallery, index.html.
     """

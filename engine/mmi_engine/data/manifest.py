@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import sys
 import tempfile
 import weakref
@@ -32,6 +33,7 @@ MAX_LINE_BYTES = 256 * 2**20  # a row may hold several pictures as data: URIs
 ID_WIDTH = 6  # default ids: 000001, 000002, … (the line number)
 MAX_SEED = 2**63 - 1
 _SPOOL_BYTES = 32 * 2**20
+_BINARY = (b"PAR1", b"\x89PNG", b"\xff\xd8\xff", b"PK\x03\x04", b"\x1f\x8b", b"\x89HDF", b"GIF8")
 
 
 @dataclass(frozen=True)
@@ -62,11 +64,11 @@ class Row:
 
 
 class Manifest:
-    """A manifest that can be read more than once: a file, or standard input spooled to a temporary file.
+    """A manifest that can be read more than once: a file, a folder, or a pipe spooled to a temporary file.
 
     Args:
-        source: path of a JSONL file, or ``-`` for standard input.
-        root: folder that image paths are relative to; default the manifest's folder, for ``-`` the working directory.
+        source: path of a JSONL file or of what `tables.py` reads, a named pipe, or ``-`` for standard input.
+        root: folder that image paths are relative to; default the manifest's folder, for pipes the working directory.
         stdin: replaces standard input (for embedding).
         column: the one field of a row that a folder of pictures (``image``) or a list of texts fills, see `tables.py`.
 
@@ -85,39 +87,65 @@ class Manifest:
         self.column = column
         self.format = tables.format_of(source, column)
         self._spool: BinaryIO | None = None
+        self._names: list[str] = []
         if str(source) == "-":
             self.path: Path | None = None
             self.name = "stdin"
             folder = Path.cwd()
-            spool: BinaryIO = tempfile.SpooledTemporaryFile(max_size=_SPOOL_BYTES)  # type: ignore[assignment]  # noqa: SIM115
-            shutil.copyfileobj(stdin or sys.stdin.buffer, spool)
-            self._spool = spool
-            weakref.finalize(self, spool.close)
+            self._fill_spool(stdin or sys.stdin.buffer)
+        elif _is_pipe(source):
+            self.path, self.name, folder = None, "pipe", Path.cwd()
+            with Path(source).open("rb") as pipe:
+                self._fill_spool(pipe)
         else:
             self.path = Path(source)
             self.name = self.path.name
             folder = self.path if self.format == "folder" else self.path.parent
             if self.format != "folder":
                 self._check_readable(self.path)
+            if self.format == "picture":
+                self._names = [self.path.name]
         if root is not None and not Path(root).is_dir():
             raise ManifestError(f'--root "{root}" is not a folder', remedy="name the folder the images lie in")
         self.root = Path(root) if root is not None else folder
         self.root_label = os.path.relpath(self.root, folder)  # stays the same when the whole tree moves
-        if self.format == "folder":
+        if self.format == "folder":  # listed once: what is written there meanwhile does not move the others
+            assert self.path is not None
+            self._names = list(tables.pictures(self.path))
             return
         with self._open() as stream:
-            if stream.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-                raise ManifestError(f"{self.name} is UTF-16", remedy="save it as UTF-8")
+            self._check_head(stream.read(8))
 
-    @staticmethod
-    def _check_readable(path: Path) -> None:
+    def _check_head(self, head: bytes) -> None:
+        """Refuse as a whole what is no manifest at all."""
+        if self.format == "picture":
+            return
+        if head[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+            raise ManifestError(f"{self.name} is UTF-16", remedy="save it as UTF-8")
+        if head.startswith(_BINARY):
+            remedy = "name a file of JSON lines; other formats: mmi data import"
+            raise ManifestError(f"{self.name} is no text file", remedy=remedy)
+        if self.name.lower().endswith(".json") and head.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
+            raise ManifestError(
+                f"{self.name} is one JSON array, not JSON lines", remedy=f"jq -c '.[]' {self.name} > rows.jsonl"
+            )
+
+    def _fill_spool(self, stream: BinaryIO) -> None:
+        """Keep what can be read only once."""
+        spool: BinaryIO = tempfile.SpooledTemporaryFile(max_size=_SPOOL_BYTES)  # type: ignore[assignment]  # noqa: SIM115
+        shutil.copyfileobj(stream, spool)
+        self._spool = spool
+        weakref.finalize(self, spool.close)
+
+    def _check_readable(self, path: Path) -> None:
+        remedy = "check the path, or use - to read from standard input"
+        if self.column == "prompt" and " " in str(path):
+            remedy = """one prompt: echo '{"prompt": "…"}' | mmi t2i - --out DIR"""
         try:
             if path.is_dir():
                 raise ManifestError(f'manifest "{path}" is a folder', remedy="name a JSONL file in it")
-            if not path.is_file():  # a pipe or device would block or end nowhere
-                raise ManifestError(
-                    f'manifest "{path}" not found', remedy="check the path, or use - to read from standard input"
-                )
+            if not path.is_file():  # a device would end nowhere
+                raise ManifestError(f'manifest "{path}" not found', remedy=remedy)
             with path.open("rb"):
                 pass
         except (OSError, ValueError) as error:
@@ -140,9 +168,8 @@ class Manifest:
     def fingerprint(self) -> str:
         """sha256 of the manifest's bytes, as hex; of a folder, of the names of its pictures."""
         digest = hashlib.sha256()
-        if self.format == "folder":
-            assert self.path is not None
-            for name in tables.pictures(self.path):
+        if self.format in ("folder", "picture"):
+            for name in self._names:
                 digest.update(name.encode("utf-8", "surrogateescape") + b"\0")
             return digest.hexdigest()
         with self._open() as stream:
@@ -169,9 +196,8 @@ class Manifest:
             yield row
 
     def _parsed(self) -> Iterator[Row]:
-        if self.format == "folder":
-            assert self.path is not None
-            for line, name in enumerate(tables.pictures(self.path), 1):
+        if self.format in ("folder", "picture"):
+            for line, name in enumerate(self._names, 1):
                 if name.isprintable() or name.encode("utf-8", "ignore").decode() == name:
                     yield from_object(line, {"id": name, "image": name})
                 else:
@@ -188,6 +214,14 @@ class Manifest:
                     parsed if isinstance(parsed, Row) else from_object(line, parsed) for line, parsed in _as_rows(found)
                 )
             yield from (row for row in rows if row is not None)
+
+
+def _is_pipe(source: str | os.PathLike[str]) -> bool:
+    """Whether it is a named pipe, as the shell's ``<(…)`` makes them."""
+    try:
+        return stat.S_ISFIFO(os.stat(source).st_mode)
+    except (OSError, ValueError):
+        return False
 
 
 def _lines(stream: BinaryIO) -> Iterator[tuple[int, bytes | None]]:

@@ -1,4 +1,4 @@
-"""Manifests that are no JSON lines: a folder of pictures, a CSV or TSV with a header, a text file of lines.
+"""Manifests that are no JSON lines: a picture, a folder of them, a CSV or TSV with a header, a text file of lines.
 
 Place in the flow: `manifest.py` asks what a path is and turns what comes from here into rows. In a table the columns
 are the fields of a row; a cell that begins with ``[`` or ``{`` is read as JSON (lists of images, options, history), an
@@ -16,7 +16,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from mmi_engine.copies import COPIES
 from mmi_engine.errors import ManifestError, RowError
+from mmi_engine.locks import STATE_DIR
 
 # Files of a folder that are taken for pictures; what is inside decides when they are loaded.
 SUFFIXES = (
@@ -29,7 +31,7 @@ Found = Iterator[tuple[int, "dict[str, Any] | RowError"]]
 
 
 def format_of(source: str | os.PathLike[str], column: str | None) -> str:
-    """``jsonl``, ``folder``, ``csv``, ``tsv`` or ``text``, by what the path is and its suffix.
+    """``jsonl``, ``folder``, ``picture``, ``csv``, ``tsv`` or ``text``, by what the path is and its suffix.
 
     Args:
         source: as given on the command line.
@@ -45,6 +47,8 @@ def format_of(source: str | os.PathLike[str], column: str | None) -> str:
     except (OSError, ValueError):
         return "jsonl"  # the manifest's own checks say what is wrong
     suffix = path.suffix.lower()
+    if suffix in SUFFIXES and column == "image":
+        return "picture"
     if suffix in (".csv", ".tsv"):
         return suffix[1:]
     if suffix == ".txt":
@@ -60,7 +64,7 @@ def format_of(source: str | os.PathLike[str], column: str | None) -> str:
 def pictures(folder: Path) -> Iterator[str]:
     """Paths of the pictures in a folder and its subfolders, relative to it, `/` between parts, in order of name.
 
-    Hidden files and folders are passed over; links to folders are not followed.
+    Hidden files and folders are passed over, and so are output folders of this program; links are not followed.
 
     Raises:
         ManifestError: the folder cannot be read.
@@ -70,11 +74,17 @@ def pictures(folder: Path) -> Iterator[str]:
         raise ManifestError(f'folder "{folder}" cannot be read: {error.strerror}') from error
 
     for place, folders, files in os.walk(folder, onerror=complain):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        folders[:] = sorted(name for name in folders if not _passed_over(Path(place) / name))
         prefix = Path(place).relative_to(folder)
         for name in sorted(files):
             if not name.startswith(".") and name.lower().endswith(SUFFIXES):
                 yield (prefix / name).as_posix()
+
+
+def _passed_over(folder: Path) -> bool:
+    """Hidden, or written by a run: its pictures are no inputs, and there may be more of them in a moment."""
+    ours = folder.name == COPIES or (folder / "run.json").exists() or (folder / STATE_DIR).exists()
+    return ours or folder.name.startswith(".")
 
 
 def read(kind: str, lines: Iterable[tuple[int, bytes | None]], column: str | None) -> Found:

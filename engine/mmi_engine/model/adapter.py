@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmi_engine.model.trunk import Trunk
-from mmi_kernels import deform_sample
+from mmi_kernels import deform_attention
 
 Shape = tuple[int, int]
 
@@ -112,14 +112,10 @@ class DeformableAttention(nn.Module):
         Returns:
             ``[N, Q, C]``.
         """
-        grid = (self.heads, self.levels, self.points)
-        sizes = torch.tensor([(width, height) for height, width in shapes], device=query.device, dtype=torch.float32)
-        offsets = self.offsets(query).unflatten(-1, (*grid, 2)).float()  # (N, Q, H, L, P, 2), in cells of each map
-        locations = reference[:, None, None, None] + offsets / sizes[:, None]
-        logits = self.weights(query).unflatten(-1, (self.heads, -1))  # (N, Q, H, L·P)
-        weights = logits.softmax(dim=-1, dtype=torch.float32).unflatten(-1, grid[1:])
         value = self.value(features).unflatten(-1, (self.heads, -1))  # (N, S, H, D)
-        sampled = deform_sample(value, shapes, locations, weights, backend=self.backend)
+        sampled = deform_attention(
+            value, shapes, self.offsets(query), self.weights(query), reference, backend=self.backend
+        )
         return self.output(sampled.to(query.dtype))
 
 

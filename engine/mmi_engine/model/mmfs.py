@@ -19,27 +19,15 @@ image: W_p q_m = W_p W_q f_q + W_p E[r_m], and the second term is a table of ``m
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmi_engine.model.config import MMFSConfig
-from mmi_kernels import deform_sample
+from mmi_kernels import mmfs_attention
+from mmi_kernels.fused import Shapes, relative_index
 
-HIDDEN_LOGIT = -10000.0
-"""Added to the logits of hidden images; not −inf, so that a row that sees nothing stays finite."""
-
-Shapes = Sequence[tuple[int, int]]
-"""(height, width) per level."""
-
-
-def relative_index(visible: Tensor) -> Tensor:
-    """Relative image index r: ``visible`` ``[..., M]`` (0 / 1) → ``[..., M]`` long, 1 = nearest visible, 0 = hidden."""
-    visible = visible.long()
-    at_or_after = visible.flip(-1).cumsum(-1).flip(-1)
-    return at_or_after * visible
+__all__ = ["MMFS", "Shapes", "relative_index"]
 
 
 class MMFS(nn.Module):
@@ -89,7 +77,15 @@ class MMFS(nn.Module):
         """What a query gets that sees no image: W_o t, ``[d_out]``."""
         return self.output_proj(self.ignore_token.flatten())
 
-    def forward(self, query: Tensor, reference: Tensor, values: Tensor, shapes: Shapes, visible: Tensor) -> Tensor:
+    def forward(
+        self,
+        query: Tensor,
+        reference: Tensor,
+        values: Tensor,
+        shapes: Shapes,
+        visible: Tensor,
+        rows: Tensor | None = None,
+    ) -> Tensor:
         """Attend.
 
         Args:
@@ -99,6 +95,7 @@ class MMFS(nn.Module):
             shapes: (height, width) of the L real feature maps of one image.
             visible: ``[B, M]`` for all queries alike or ``[B, Q', M]``; with Q' ≠ Q its last row holds for every query
                 (while decoding, a new token sees what the last prompt token saw).
+            rows: ``[B]`` which row of ``values`` each sequence looks at; default its own.
 
         Returns:
             ``[B, Q, d_out]``. A query that sees no image yields W_o t.
@@ -109,48 +106,34 @@ class MMFS(nn.Module):
         if visible.ndim == 3 and visible.shape[1] != n_query:
             visible = visible[:, -1]
         visible = visible[:, None] if visible.ndim == 2 else visible  # (B, 1 or Q, M)
-        weights, ignored, offsets = self._attention(query, visible)
-        locations = self._locations(reference, offsets, shapes)
-        n_images = visible.shape[-1]
-        sampled = deform_sample(values, list(shapes) * n_images, locations, weights, backend=self.backend)
-        heads = sampled.view(batch, n_query, self.config.heads, -1) + ignored * self.ignore_token.view(
-            1, 1, self.config.heads, -1
-        ).to(sampled.dtype)
-        return self.output_proj(heads.flatten(2))
-
-    def _attention(self, query: Tensor, visible: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Weights ``[B, Q, H, M·L, P]``, ignored mass ``[B, Q, H, 1]`` and offsets ``[B, Q, M, H, P, 2]``."""
-        batch, n_query = query.shape[:2]
         heads, levels, points = self.config.heads, len(self.config.levels), self.config.points
-        n_images = visible.shape[-1]
-        index = relative_index(visible)
         projected = self.query_proj(query)
-        # W (q + E[r]) + b = (W q + b) + (W E)[r]: the right-hand table has only max_images rows.
+        # W (q + E[r]) + b = (W q + b) + (W E)[r]: the right-hand tables have only max_images rows.
         logit_weight = self.logits.weight.view(heads, levels, points + 1, -1)[:, :, :points].flatten(0, 2)
         logit_bias = self.logits.bias.view(heads, levels, points + 1)[:, :, :points].flatten()
-        table_offsets = F.linear(self.image_index.weight, self.offsets.weight)
-        table_logits = F.linear(self.image_index.weight, logit_weight)
-        offsets = self.offsets(projected)[:, :, None] + F.embedding(index, table_offsets)
-        logits = F.linear(projected, logit_weight, logit_bias)[:, :, None] + F.embedding(index, table_logits)
-        logits = logits + (1 - visible.to(logits.dtype))[..., None] * HIDDEN_LOGIT
-        logits = logits.view(batch, n_query, n_images, heads, levels * points).transpose(2, 3).flatten(3)
-        precise = torch.promote_types(logits.dtype, torch.float32)
-        weights = torch.softmax(F.pad(logits, (0, 1)).to(precise), dim=-1).to(logits.dtype)  # extra logit 0: ignore
-        weights, ignored = weights[..., :-1], weights[..., -1:]
-        weights = weights.reshape(batch, n_query, heads, n_images * levels, points)
-        return weights, ignored, offsets.view(batch, n_query, n_images, heads, points, 2)
+        tables = (
+            F.linear(self.image_index.weight, self.offsets.weight),
+            F.linear(self.image_index.weight, logit_weight),
+        )
+        sampled = mmfs_attention(
+            values,
+            shapes,
+            self.offsets(projected),
+            F.linear(projected, logit_weight, logit_bias),
+            tables,
+            reference,
+            self._scales(shapes),
+            visible,
+            self.ignore_token,
+            rows=rows,
+            backend=self.backend,
+        )
+        return self.output_proj(sampled)
 
-    def _locations(self, reference: Tensor, offsets: Tensor, shapes: Shapes) -> Tensor:
-        """Sampling locations ``[B, Q, H, M·L, P, 2]`` as (x, y) in [0, 1]."""
-        # In 16 bits a location would be off by up to half a cell of the finest map.
-        precise = torch.promote_types(offsets.dtype, torch.float32)
-        offsets, reference = offsets.to(precise), reference.to(precise)
-        batch, n_query, n_images, heads, points, _ = offsets.shape
-        scale = []
+    def _scales(self, shapes: Shapes) -> list[tuple[float, float]]:
+        """Per level: the share of the map's width and height that one cell of the base grid spans."""
+        scales = []
         for side, (height, width) in zip(self.config.levels, shapes, strict=True):
             real = (side, side) if self.config.keep_relative_distance else (width, height)
-            scale.append([side / self.base / real[0], side / self.base / real[1]])
-        per_level = offsets.new_tensor(scale)  # (L, 2)
-        moved = offsets.transpose(2, 3)[:, :, :, :, None] * per_level[:, None]  # (B, Q, H, M, L, P, 2)
-        located = reference[:, :, None, None, None, None] + moved
-        return located.reshape(batch, n_query, heads, n_images * len(shapes), points, 2)
+            scales.append((side / self.base / real[0], side / self.base / real[1]))
+        return scales

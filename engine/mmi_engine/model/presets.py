@@ -20,7 +20,7 @@ from mmi_engine.model.config import (
 
 
 def toon_config(vae: VAEConfig, vocabulary: int) -> ModelConfig:
-    """The embedded model: 128 px pictures, a 16 × 16 latent, about 14 M parameters.
+    """The embedded model: 128 px pictures, a 16 × 16 latent, about 15 M parameters.
 
     Args:
         vae: of the trained codec.
@@ -81,9 +81,9 @@ def toon_config(vae: VAEConfig, vocabulary: int) -> ModelConfig:
                 "sample_size": vae.latent_size,
                 "in_channels": vae.latent_channels,
                 "out_channels": vae.latent_channels,
-                "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
-                "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
-                "block_out_channels": [48, 96, 144],
+                "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+                "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
+                "block_out_channels": [96, 160],
                 "layers_per_block": 1,
                 "norm_num_groups": 8,
                 "attention_head_dim": 4,
@@ -101,7 +101,8 @@ def toon_config(vae: VAEConfig, vocabulary: int) -> ModelConfig:
                 "timestep_spacing": "trailing",
                 "clip_sample": False,
             },
-            mmfs=MMFSConfig(**mmfs, levels=(32, 16, 8, 4), max_images=10, offset_init=1.0),
+            # twice as wide as the language model's: what the picture before shows is copied through here
+            mmfs=MMFSConfig(heads=8, points=4, width=128, levels=(32, 16, 8, 4), max_images=10, offset_init=1.0),
         ),
         generation=GenerationDefaults(steps=20, guidance=2.0, scheduler="ddim", fast_steps=10, fast_guidance=2.0),
     )

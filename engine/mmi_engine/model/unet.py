@@ -49,7 +49,9 @@ class MMFSBlock(nn.Module):
         """``[N, M, S, d_value]`` → ``[N, M·S, H, D]``."""
         return self.mmfs.project_values(self.feature_norm(features))
 
-    def forward(self, x: Tensor, values: Tensor, shapes: Shapes, visible: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, values: Tensor, shapes: Shapes, visible: Tensor, sources: Tensor | None = None
+    ) -> Tensor:
         """``x`` ``[N, channels, h, w]`` → the term that is added to it."""
         height, width = x.shape[2:]
         positions, reference = self.query_positions, self.reference
@@ -57,38 +59,40 @@ class MMFSBlock(nn.Module):
             positions = resize_grid(self.positions, (height, width))
             reference = cell_centres(height, width).to(x)
         query = self.query_norm(x.flatten(2).transpose(1, 2)) + positions.to(x.dtype)
-        synced = self.mmfs(query, reference[None].float(), values, shapes, visible)
+        synced = self.mmfs(query, reference[None].float(), values, shapes, visible, sources)
         return self.zero_conv(synced.transpose(1, 2).unflatten(2, (height, width)))
 
     def term(self, x: Tensor, vision: ImageVision, order: int) -> Tensor:
         """What is added to ``x`` ``[N, channels, h, w]``, rows that see nothing included."""
-        rows = vision.rows
+        rows, seen = vision.rows, (vision.values[order], vision.shapes, vision.visible, vision.sources)
         if len(rows) == len(x):
-            return self(x, vision.values[order], vision.shapes, vision.visible)
+            return self(x, *seen)
         blind = self.zero_conv(self.mmfs.blind().view(1, -1, 1, 1)).expand_as(x)
         if len(rows) == 0:
             return blind
-        return blind.index_copy(0, rows, self(x[rows], vision.values[order], vision.shapes, vision.visible))
+        return blind.index_copy(0, rows, self(x[rows], *seen))
 
 
 @dataclass
 class ImageVision:
     """What the U-Net's MMFS looks at; made once per picture and used by every denoising step.
 
-    ``values``: one ``[R, M·S, H, D]`` per MMFS block; ``shapes``: (height, width) of the maps; ``visible``: ``[R, M]``;
-    ``rows``: ``[R]`` the batch rows that see anything at all. For all other rows MMFS is a constant.
+    ``values``: one ``[V, M·S, H, D]`` per MMFS block; ``shapes``: (height, width) of the maps; ``visible``: ``[R, M]``;
+    ``rows``: ``[R]`` the batch rows that see anything at all, for all others MMFS is a constant; ``sources``: ``[R]``
+    which row of ``values`` each of them looks at, ``None`` for its own (V = R).
     """
 
     values: list[Tensor]
     shapes: Shapes
     visible: Tensor
     rows: Tensor
+    sources: Tensor | None = None
 
     def repeat(self, times: int, batch: int) -> ImageVision:
         """The same for ``times`` copies of a batch of ``batch`` rows, one copy after the other."""
         rows = torch.cat([self.rows + batch * k for k in range(times)])
-        values = [v.repeat(times, 1, 1, 1) for v in self.values]
-        return ImageVision(values, self.shapes, self.visible.repeat(times, 1), rows)
+        own = torch.arange(len(self.rows), device=self.rows.device) if self.sources is None else self.sources
+        return ImageVision(self.values, self.shapes, self.visible.repeat(times, 1), rows, own.repeat(times))
 
 
 class MMFSUNet(nn.Module):

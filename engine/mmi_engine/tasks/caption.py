@@ -12,7 +12,15 @@ from typing import Any
 from mmi_engine.data.images import ImageLoader
 from mmi_engine.data.manifest import Row
 from mmi_engine.tasks.base import Job, Output, Panel, Piece, last_text
-from mmi_engine.tasks.fields import image_references, in_part, load_images, objects, text_field
+from mmi_engine.tasks.fields import (
+    image_references,
+    in_part,
+    load_images,
+    objects,
+    picture_panels,
+    pictures_of,
+    text_field,
+)
 from mmi_engine.tasks.prompts import CAPTION_PROMPTS, Template
 from mmi_engine.tasks.story import chat_pieces
 
@@ -52,14 +60,15 @@ class CaptionTask:
         pieces: list[Piece] = []
         for images, caption in shots:
             pieces += [*self.template.build({"image": load_images(images, loader)}), Piece("text", caption)]
+        examples = pictures_of(pieces)
         pieces += self.template.build({"image": load_images(references, loader)})
-        return Job(row, [*pieces, Piece("text")])
+        own = pictures_of(pieces)[len(examples) :]
+        return Job(row, [*pieces, Piece("text")], shown=(*own, *examples))
 
     def output(self, job: Job, filled: Sequence[Piece], stem: str, image_size: int) -> Output:
         """See `Task.output`."""
         return Output({"caption": last_text(job, filled)})
 
     def panels(self, result: dict[str, Any], data: dict[str, Any], inputs: Sequence[str]) -> list[Panel]:
-        """The pictures, the caption under the last one."""
-        panels = [Panel(image) for image in inputs[:-1]]
-        return [*panels, Panel(inputs[-1] if inputs else None, texts=((result["caption"], True),))]
+        """The pictures, the caption under the last of the row's own; solved examples behind."""
+        return picture_panels(data, inputs, ((result["caption"], True),))

@@ -13,7 +13,7 @@ from typing import Any
 from mmi_engine.data.images import ImageLoader
 from mmi_engine.data.manifest import json_type
 from mmi_engine.errors import RowError
-from mmi_engine.tasks.base import MAX_PIECES, Piece
+from mmi_engine.tasks.base import MAX_PIECES, Panel, Piece
 
 
 def text_field(data: dict[str, Any], name: str, *, default: str | None = None) -> str:
@@ -94,6 +94,26 @@ def objects(data: dict[str, Any], name: str, code: str) -> list[dict[str, Any]]:
     if len(value) > MAX_PIECES:
         raise RowError(f"{len(value)} entries in {name!r} are more than {MAX_PIECES}", code=code)
     return value
+
+
+def pictures_of(pieces: Sequence[Piece]) -> tuple[Any, ...]:
+    """The given pictures among the pieces, in order."""
+    return tuple(piece.value for piece in pieces if piece.kind == "image" and piece.value is not None)
+
+
+def picture_panels(data: dict[str, Any], inputs: Sequence[str], texts: tuple[tuple[str, bool], ...]) -> list[Panel]:
+    """The row's own pictures with the texts under the last of them, then those of solved examples.
+
+    Args:
+        data: the manifest row.
+        inputs: small copies, the row's own first.
+        texts: (text, whether the model made it).
+    """
+    own = len(inputs) if "messages" in data else (data.get("image") is not None) + len(data.get("images") or ())
+    shown, examples = inputs[:own], inputs[own:]
+    panels = [Panel(name) for name in shown[:-1]]
+    panels.append(Panel(shown[-1] if shown else None, texts=texts))
+    return [*panels, *(Panel(name, tag="solved example") for name in examples)]
 
 
 def in_part(part: str, code: str, read: Callable[[], Any]) -> Any:

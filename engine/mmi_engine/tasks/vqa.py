@@ -20,6 +20,8 @@ from mmi_engine.tasks.fields import (
     load_images,
     objects,
     optional_text,
+    picture_panels,
+    pictures_of,
     text_field,
     text_list,
 )
@@ -84,9 +86,10 @@ class VqaTask:
         for images, question, answer in shots:
             values = {"image": load_images(images, loader), "question": question}
             pieces += [*self.template.build(values), Piece("text", answer)]
+        examples = pictures_of(pieces)
         pictures = load_images(references, loader)
         pieces += _dialogue(pictures, texts, rounds) if dialogue else self.template.build({"image": pictures, **texts})
-        return Job(row, [*pieces, missing])
+        return Job(row, [*pieces, missing], shown=(*pictures_of(pictures), *examples))
 
     def output(self, job: Job, filled: Sequence[Piece], stem: str, image_size: int) -> Output:
         """See `Task.output`: the answer; with options also their log-probabilities and ranks (1 is the best)."""
@@ -104,11 +107,15 @@ class VqaTask:
         return Output(fields)
 
     def panels(self, result: dict[str, Any], data: dict[str, Any], inputs: Sequence[str]) -> list[Panel]:
-        """The pictures, question and answer under the last one."""
+        """The pictures with what was asked and answered; options in the order of their ranks."""
         asked = data.get("question") or self.question
-        texts = ((str(asked), False),) if asked else ()
-        panels = [Panel(image) for image in inputs[:-1]]
-        return [*panels, Panel(inputs[-1] if inputs else None, texts=(*texts, (result["answer"], True)))]
+        texts = [(f"{entry['question']} {entry['answer']}", False) for entry in data.get("history") or ()]
+        texts += [(str(asked), False)] if asked else []
+        texts.append((result["answer"], True))
+        if "ranks" in result and isinstance(data.get("options"), list):
+            ranked = sorted(zip(result["ranks"], data["options"], result["scores"], strict=True))
+            texts.append((" · ".join(f"{option} {score:.1f}" for _, option, score in ranked), False))
+        return picture_panels(data, inputs, tuple(texts))
 
 
 def _solved(shot: dict[str, Any]) -> tuple[list[Any], str, str]:

@@ -141,7 +141,7 @@ def _sample_identity(rng: random.Random, split: str) -> tuple[str, str, int, str
 
 
 def _sample_action(rng: random.Random, character: str, place: str, split: str, avoid: str = "") -> str:
-    """An action allowed here; a quarter of the test scenes are held-out combinations where the pair has one."""
+    """An action allowed here; about a fifth of the test scenes are held-out combinations."""
     allowed = [a for a in ACTIONS if a != avoid and (character, place, a) not in held_out()]
     hidden = [a for a in ACTIONS if a != avoid and (character, place, a) in held_out()]
     if split == "test" and hidden and (not allowed or rng.random() < 0.4):

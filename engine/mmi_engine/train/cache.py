@@ -138,8 +138,8 @@ class Cache:
             if not target.exists():
                 pictures = np.load(shard / "pictures.npy", mmap_mode="r")
                 rows = [
-                    encoder(np.asarray(pictures[i : i + 10]).reshape(-1, *pictures.shape[2:]))
-                    for i in range(0, STORIES, 10)
+                    encoder(np.asarray(pictures[i : i + 50]).reshape(-1, *pictures.shape[2:]))
+                    for i in range(0, STORIES, 50)
                 ]
                 latents = np.concatenate(rows)
                 partial = target.with_name(f".{name}.partial.npy")

@@ -10,11 +10,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from PIL import Image
 from torch import Tensor, nn
 
@@ -25,6 +27,7 @@ from mmi_engine.model.interleaved import MMInterleaved
 from mmi_engine.model.presets import toon_config
 from mmi_engine.model.tokenizer import DirectoryTokenizer
 from mmi_engine.model.vae import ImageCodec
+from mmi_engine.sequence import InterleavedBatch
 from mmi_engine.toon.tokenizer import VOCABULARY
 from mmi_engine.train.cache import FRAMES, Cache
 from mmi_engine.train.data import Batch, Mixture, describe
@@ -32,24 +35,48 @@ from mmi_engine.train.recipe import Recipe
 from mmi_engine.train.vae import load_codec, to_float
 
 PREVIEW_STORIES = 3
+LATENT_ERROR = 0.1
+"""Standard deviation of the noise on scaled latents that stands for errors of sampling."""
 EVALUATION_BATCH = 8
 TOON_TOKENIZER = Path(__file__).resolve().parent.parent / "toon" / "data"
 
 
 class InterleavedObjective(nn.Module):
-    """``forward(batch) -> (loss, parts)`` around the model, so that data parallelism wraps one module."""
+    """``forward(batch) -> (loss, parts)`` around the model, so that data parallelism wraps one module.
 
-    def __init__(self, model: MMInterleaved, noise_repeats: int) -> None:
+    Args:
+        model: to be trained.
+        noise_repeats: noise levels per picture.
+        redrawn: share of pictures that the encoder sees as the codec draws them. In a story the model reads its own
+            pictures back, which are never as sharp as the ones it is trained on.
+    """
+
+    def __init__(self, model: MMInterleaved, noise_repeats: int, redrawn: float = 0.0) -> None:
         super().__init__()
-        self.model, self.noise_repeats = model, noise_repeats
+        self.model, self.noise_repeats, self.redrawn = model, noise_repeats, redrawn
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Total loss, and L_NTP and L_NIP apart."""
-        output = self.model(batch.inputs, noise_repeats=self.noise_repeats)
+        inputs = self._as_drawn(batch.inputs) if self.redrawn and self.training else batch.inputs
+        output = self.model(inputs, noise_repeats=self.noise_repeats)
         parts = {"text": output.loss_text.detach()}
         if output.loss_image is not None:
             parts["image"] = output.loss_image.detach()
         return output.loss, parts
+
+    @torch.no_grad()
+    def _as_drawn(self, inputs: InterleavedBatch) -> InterleavedBatch:
+        """Some images replaced by what the codec makes of their latents, which are off by a little as in sampling."""
+        assert inputs.latents is not None
+        chosen = torch.rand(len(inputs.images), device=inputs.images.device) < self.redrawn
+        chosen &= inputs.latents.flatten(1).any(1)  # semantic maps have no latents
+        if not bool(chosen.any()):
+            return inputs
+        latents = inputs.latents[chosen]
+        drawn = self.model.codec.decode(latents + LATENT_ERROR * torch.randn_like(latents))
+        images = inputs.images.clone()
+        images[chosen] = drawn.to(images.dtype)
+        return replace(inputs, images=images)
 
 
 class InterleavedTask:
@@ -65,9 +92,10 @@ class InterleavedTask:
         self.recipe = recipe
         torch.manual_seed(recipe.seed)  # fresh weights are the same in every process and run
         self.model = build_model(recipe)
-        self.module: nn.Module = InterleavedObjective(self.model, recipe.loss.noise_repeats)
+        self.module: nn.Module = InterleavedObjective(self.model, recipe.loss.noise_repeats, recipe.data.redrawn)
         for parameter in self.model.codec.parameters():
             parameter.requires_grad_(False)
+        self.model.to(PartialState().device)  # encoding what is missing may as well be fast
         key = codec_key(self.model.codec)
         encoder = posterior_moments(self.model.codec)
         self.train, self.val = (self._mixture(cache, cache.encode(key, encoder, progress)) for cache in (train, val))
@@ -91,7 +119,7 @@ class InterleavedTask:
 
     def to_device(self, batch: Batch, device: Any) -> Batch:
         """The batch on ``device``."""
-        return Batch(batch.inputs.to(device), batch.names)
+        return batch.to(device)
 
     def ids(self, batch: Batch) -> list[str]:
         """``task:story.frame`` of every document."""
@@ -157,7 +185,7 @@ def build_model(recipe: Recipe) -> MMInterleaved:
         if overrides:
             raise ConfigError("a trained model keeps its configuration", remedy="remove the other keys of [model]")
         return model.train()
-    codec = load_codec(Path(recipe.data.codec))
+    codec = load_codec(recipe.data.codec)
     tokenizer = DirectoryTokenizer(TOON_TOKENIZER)
     config = toon_config(codec.config, VOCABULARY)
     config = merged(config, {**overrides, "loss_text_weight": recipe.loss.text, "loss_image_weight": recipe.loss.image})

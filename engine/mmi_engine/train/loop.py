@@ -14,7 +14,6 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import FrameType
@@ -27,6 +26,7 @@ from torch import Tensor
 from mmi_engine.errors import GenerationError, Interrupted, OutputError
 from mmi_engine.train import checkpoints
 from mmi_engine.train.curves import MetricsFile
+from mmi_engine.train.loader import stream
 from mmi_engine.train.optim import Average, cosine_with_warmup, freeze, parameter_groups
 from mmi_engine.train.recipe import Recipe
 from mmi_engine.train.task import Task
@@ -108,7 +108,8 @@ class Loop:
                 self.position.seconds = clock.total()
                 done = step == loop.steps
                 if step % loop.log_every == 0 or done:
-                    self._log({**line, **clock.rates(self.position, self.waited)})
+                    values = {k: round(float(v), 6) if isinstance(v, Tensor) else v for k, v in line.items()}
+                    self._log({**values, **clock.rates(self.position, self.waited)})
                 if step % loop.eval_every == 0 or done:
                     figures = self._evaluate()
                     clock.skip()
@@ -132,8 +133,8 @@ class Loop:
         self.accelerator.wait_for_everyone()
         return figures
 
-    def _step(self, batches: list[tuple[int, Any]], clock: _Clock) -> dict[str, float]:
-        """One optimizer step over ``accumulate`` micro-batches; returns what is logged."""
+    def _step(self, batches: list[tuple[int, Any]], clock: _Clock) -> dict[str, Any]:
+        """One optimizer step over ``accumulate`` micro-batches; returns what is logged, still on the device."""
         recipe = self.recipe
         factor = cosine_with_warmup(
             self.position.step,
@@ -149,9 +150,10 @@ class Loop:
             with self.accelerator.accumulate(self.module):
                 torch.manual_seed(recipe.seed * SEED_STRIDE + index)
                 loss, parts = self.module(self.task.to_device(batch, self.accelerator.device))
-                if not math.isfinite(float(loss.detach())):
-                    self._not_finite(loss, batch)
+                value = _Arriving(loss)
                 self.accelerator.backward(loss)
+                if not math.isfinite(value.get()):
+                    self._not_finite(value.get(), batch)
                 if self.accelerator.sync_gradients and recipe.optim.clip:
                     norm = self.accelerator.clip_grad_norm_(self.module.parameters(), recipe.optim.clip)
                 self.optimizer.step()
@@ -163,34 +165,25 @@ class Loop:
             self.average.update(self.task.module)
         self.position.step += 1
         clock.tick()
-        line = {name: round(float(value), 6) for name, value in sums.items()}
-        return {"step": self.position.step, **line, "lr": self.peaks[0] * factor, "grad_norm": round(float(norm), 4)}
+        return {"step": self.position.step, **sums, "lr": self.peaks[0] * factor, "grad_norm": norm}
 
     # ------------------------------------------------------------------ data
 
     def _batches(self) -> Iterator[list[tuple[int, Any]]]:
-        """The micro-batches of each remaining optimizer step, loaded two ahead in a thread."""
+        """The micro-batches of each remaining optimizer step, made ahead of time."""
         loop, world, rank = self.recipe.loop, self.accelerator.num_processes, self.accelerator.process_index
         micro = range(self.position.step * loop.accumulate, loop.steps * loop.accumulate)
         indices = [i * world + rank for i in micro]
-        with ThreadPoolExecutor(1) as pool:
-            pending: list[tuple[int, Future[Any]]] = []
-            ready: list[tuple[int, Any]] = []
-            upcoming = iter(indices)
-            try:
-                for _ in indices:
-                    while len(pending) < 3 and (index := next(upcoming, None)) is not None:
-                        pending.append((index, pool.submit(self.task.batch, index)))
-                    index, future = pending.pop(0)
-                    started = time.monotonic()
-                    ready.append((index, future.result()))
-                    self.waited += time.monotonic() - started
-                    if len(ready) == loop.accumulate:
-                        yield ready
-                        ready = []
-            finally:
-                for _, future in pending:
-                    future.cancel()
+        cuda = self.accelerator.device.type == "cuda"
+        batches = stream(self.task.batch, indices, workers=self.recipe.data.loaders, pin=cuda)
+        ready: list[tuple[int, Any]] = []
+        for _ in indices:
+            started = time.monotonic()
+            ready.append(next(batches))
+            self.waited += time.monotonic() - started
+            if len(ready) == loop.accumulate:
+                yield ready
+                ready = []
 
     # ------------------------------------------------------------------ what is written
 
@@ -246,12 +239,27 @@ class Loop:
         flag = torch.tensor([float(bool(self.stop_signal))], device=self.accelerator.device)
         return bool(self.accelerator.reduce(flag, "sum") > 0)
 
-    def _not_finite(self, loss: Tensor, batch: Any) -> None:
+    def _not_finite(self, loss: float, batch: Any) -> None:
         ids = ", ".join(self.task.ids(batch))
         raise NotFiniteError(
-            f"loss is {float(loss.detach())} at step {self.position.step}; batch: {ids}",
+            f"loss is {loss} at step {self.position.step}; batch: {ids}",
             remedy="lower the learning rate or look at these samples; --resume continues from the last checkpoint",
         )
+
+
+class _Arriving:
+    """A scalar on its way to the host: reading it waits for what was queued before it, not for what came after."""
+
+    def __init__(self, scalar: Tensor) -> None:
+        self.event = torch.cuda.Event() if scalar.is_cuda else None
+        self.value = scalar.detach().to("cpu", non_blocking=True)
+        if self.event is not None:
+            self.event.record()
+
+    def get(self) -> float:
+        if self.event is not None:
+            self.event.synchronize()
+        return float(self.value)
 
 
 class _Clock:

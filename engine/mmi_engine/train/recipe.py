@@ -34,8 +34,11 @@ class DataConfig:
     """Stories (five pictures each) of the training split to draw."""
     workers: int = 2
     """Processes that draw missing pictures."""
+    loaders: int = 0
+    """Processes that build batches, per training process; 0 builds them in a thread. Never changes a result."""
     codec: str = ""
-    """Directory of a trained codec (``interleaved`` only): its latents are the image targets."""
+    """A trained codec (``interleaved`` only), whose latents are the image targets: a run's ``model`` directory, or
+    a whole model to take it from (``toon``: the one that ships)."""
     crop: int = 0
     """Side of random square crops in pixels (``vae`` only); 0 trains on whole pictures."""
     mixture: dict[str, float] = field(default_factory=dict)
@@ -43,9 +46,14 @@ class DataConfig:
     row_tokens: int = 256
     """Longest row of packed documents in tokens (``interleaved`` only); a longer document stands alone."""
 
+    redrawn: float = 0.0
+    """Share of pictures that the encoder sees as the codec draws them, as it will its own (``interleaved`` only)."""
+
     def __post_init__(self) -> None:
+        _require(0 <= self.redrawn <= 1, "data.redrawn must be in [0, 1]")
         _require(self.source in ("toon",), "data.source must be 'toon'")
         _require(self.stories > 0 and self.workers > 0, "data.stories and data.workers must be positive")
+        _require(self.loaders >= 0, "data.loaders must not be negative")
         _require(self.row_tokens > 0, "data.row_tokens must be positive")
         _require(all(weight >= 0 for weight in self.mixture.values()), "data.mixture weights must not be negative")
 
@@ -59,6 +67,8 @@ class LossConfig:
     edge: float = 0.0
     """L1 on horizontal and vertical differences of neighbouring pixels (``vae``)."""
     kl: float = 1e-6
+    latent_noise: float = 0.0
+    """Noise on latents relative to their spread (``vae``): the decoder learns to undo small errors of sampling."""
     text: float = 1.0
     """L_NTP, next-token prediction (``interleaved``)."""
     image: float = 10.0
@@ -147,7 +157,8 @@ class Recipe:
     seed: int = 0
     data: DataConfig = field(default_factory=DataConfig)
     model: dict[str, Any] = field(default_factory=dict)
-    """``vae``: the fields of ``VAEConfig``. ``interleaved``: ``base`` (model directory or preset) and overrides."""
+    """``vae``: the fields of ``VAEConfig``, or ``base`` alone, the model whose codec is trained further.
+    ``interleaved``: ``base`` (model directory or preset) and overrides."""
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)

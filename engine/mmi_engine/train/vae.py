@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mmi_engine.errors import ConfigError, ModelError
+from mmi_engine.model.checkpoint import load_model, save_model
 from mmi_engine.model.config import VAEConfig
 from mmi_engine.model.vae import ImageCodec
 from mmi_engine.train.cache import FRAMES, Cache
@@ -42,6 +43,9 @@ class CodecObjective(nn.Module):
         """Reconstruction losses are means over pixels in [-1, 1]; KL is the mean over latent elements."""
         posterior = self.codec.posterior(pictures)
         latents = posterior.mean + posterior.std * torch.randn_like(posterior.mean)
+        if self.weights.latent_noise:
+            spread = posterior.mean.detach().std()
+            latents = latents + self.weights.latent_noise * spread * torch.randn_like(latents)
         rebuilt, target = self.codec.reconstruct(latents).float(), pictures * 2 - 1
         parts = {
             "l1": F.l1_loss(rebuilt, target),
@@ -73,8 +77,8 @@ def start_linear(codec: ImageCodec, pictures: Tensor, constant: float = 100.0) -
         pictures: ``[N, 3, H, W]`` in [0, 1] to take the components from.
     """
     vae, count = codec.vae, codec.config.latent_channels
-    width = vae.encoder.conv_in.out_channels
-    half, held = width // 2, (width - 2, width - 1)
+    width, held = vae.encoder.conv_in.out_channels, _held(codec)
+    half = width // 2
     mean, basis, scale = principal_components(pictures, codec.config.patch)
     for part in (vae.encoder, vae.decoder):
         _quieten(part, held, constant * math.sqrt(2 / width))
@@ -85,7 +89,6 @@ def start_linear(codec: ImageCodec, pictures: Tensor, constant: float = 100.0) -
     for layer in (vae.encoder.conv_in, vae.decoder.conv_in):
         layer.weight[list(held)] = 0
         layer.bias[list(held)] = torch.tensor([constant, -constant])
-        _mask_gradients(layer, held)
     difference = torch.zeros(count, width)
     difference[range(count), range(count)], difference[range(count), range(half, half + count)] = 1.0, -1.0
     for part in (vae.encoder, vae.decoder):
@@ -97,6 +100,20 @@ def start_linear(codec: ImageCodec, pictures: Tensor, constant: float = 100.0) -
         layer.bias.zero_()
         layer.weight[range(count), range(count)] = 1.0
         layer.bias[count:size] = -8.0  # the posterior starts almost without noise
+    hold_contrast(codec)
+
+
+def hold_contrast(codec: ImageCodec) -> None:
+    """Mask the gradients of the two held channels of a codec that :func:`start_linear` began, wherever they occur."""
+    for part in (codec.vae.encoder, codec.vae.decoder):
+        for name, layer in part.named_modules():
+            if name == "conv_in" or name.endswith(("conv2", "norm1", "conv_norm_out")):
+                _mask_gradients(layer, _held(codec))
+
+
+def _held(codec: ImageCodec) -> tuple[int, int]:
+    width = codec.vae.encoder.conv_in.out_channels
+    return width - 2, width - 1
 
 
 def principal_components(pictures: Tensor, patch: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -116,11 +133,9 @@ def _quieten(part: nn.Module, held: tuple[int, ...], norm_weight: float) -> None
         if name.endswith("conv2"):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
-            _mask_gradients(layer, held)
         elif name.endswith(("norm1", "conv_norm_out")):
             layer.weight.fill_(norm_weight)
             layer.weight[list(held)] = 0
-            _mask_gradients(layer, held)
 
 
 def _pairs(count: int, half: int) -> list[int]:
@@ -154,13 +169,21 @@ def psnr(rebuilt: Tensor, target: Tensor) -> float:
 
 
 class CodecTask:
-    """The task the loop runs; ``train`` and ``val`` are caches of drawn pictures."""
+    """The task the loop runs; ``train`` and ``val`` are caches of drawn pictures.
+
+    The recipe's ``model`` is a fresh codec's configuration, or only ``base``: a model whose codec is trained further,
+    all the rest of it (scaling factor included) left alone and exported with it.
+    """
 
     def __init__(self, recipe: Recipe, train: Cache, val: Cache) -> None:
         self.recipe, self.train, self.val = recipe, train, val
-        codec = ImageCodec(codec_config(recipe.model))
+        self.whole = load_model(recipe.model["base"]) if set(recipe.model) == {"base"} else None
+        codec = self.whole.codec.train() if self.whole else ImageCodec(codec_config(recipe.model))
         codec.to(memory_format=torch.channels_last)
-        if len(codec.vae.config.block_out_channels) == 1:
+        single_level = len(codec.vae.config.block_out_channels) == 1
+        if single_level and self.whole:
+            hold_contrast(codec)
+        elif single_level:
             start_linear(codec, to_float(torch.from_numpy(np.stack([train.picture(i, 0) for i in range(100)]))))
         self.module: nn.Module = CodecObjective(codec, recipe.loss)
         self.codec = codec
@@ -219,7 +242,10 @@ class CodecTask:
 
     @torch.no_grad()
     def export(self, directory: Path) -> None:
-        """Codec directory: ``codec.json`` and ``codec.safetensors``, with the measured scaling factor."""
+        """Codec directory (``codec.json``, ``codec.safetensors``, the measured scaling factor), or the whole model."""
+        if self.whole:
+            save_model(self.whole, directory, dtype=torch.float16)
+            return
         spread = self.evaluate(self.recipe.loop.eval_samples)["latent_std"]
         config = dataclasses.replace(
             self.codec.config, diffusers={**self.codec.config.diffusers, "scaling_factor": round(1 / spread, 5)}
@@ -248,13 +274,15 @@ def codec_config(table: dict[str, Any]) -> VAEConfig:
     return VAEConfig(**table)
 
 
-def load_codec(directory: Path) -> ImageCodec:
-    """A codec that :meth:`CodecTask.export` wrote.
+def load_codec(name: str | Path) -> ImageCodec:
+    """A codec that :meth:`CodecTask.export` wrote, or that of the model ``name`` (``toon`` or a directory).
 
     Raises:
         ModelError: no codec there.
     """
-    directory = Path(directory)
+    directory = Path(name)
+    if str(name) == "toon" or (directory / "config.json").is_file():
+        return load_model(name).codec
     if not (directory / "codec.json").is_file():
         raise ModelError(f"no codec in {directory}", remedy="train one with `mmi train --recipe toon_vae`")
     codec = ImageCodec(VAEConfig(**json.loads((directory / "codec.json").read_text(encoding="utf-8"))))
