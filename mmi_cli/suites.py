@@ -37,8 +37,8 @@ def run(options: dict[str, Any]) -> int:
     suites = [suite.load(name) for name in chosen]
     if any(found.makes is None for found in suites) and options["data"] is None:
         raise UsageError(
-            f"--suite {options['suite']} needs your data: {_data(suites[0])} ({suites[0].format})",
-            remedy="name the folder that it lies in: --data DIR",
+            f"--suite {options['suite']} needs your data: {_data(suites[0])}",
+            remedy=f"name its folder with --data DATA; get it by {suites[0].format}",
         )
     shared: dict[str, Any] = {}
     rows: list[dict[str, Any]] = []
@@ -96,7 +96,9 @@ def _part(
 def _manifest(found: Suite, part: Part, options: dict[str, Any]) -> tuple[Path, int | None]:
     """The part's rows, drawn first where the suite makes its own; and how many of them."""
     if found.makes is None:
-        return Path(options["data"]) / f"{part.data}.jsonl", options["limit"]
+        folder = Path(options["data"])
+        imported = folder / part.data / "manifest.jsonl"  # as `mmi data import … --out DATA/NAME` leaves it
+        return imported if imported.is_file() else folder / f"{part.data}.jsonl", options["limit"]
     from mmi_engine.toon import measure
 
     count = options["stories"] if part.task == "story" else options["scenes"]

@@ -194,7 +194,10 @@ def test_suites_are_listed_and_ask_for_what_they_need(tmp_path, capsys):
     assert "refcoco_testa.jsonl" in capsys.readouterr().out
     for arguments, words in (
         (["--suite", "toon"], "--suite needs --out"),
-        (["--suite", "vqav2", "--out", str(tmp_path)], "--suite vqav2 needs your data: vqav2.jsonl"),
+        (
+            ["--suite", "vqav2", "--out", str(tmp_path)],
+            "vqav2.jsonl; name its folder with --data DATA; get it by mmi data import vqa",
+        ),
         (["--suite", "nope", "--out", str(tmp_path)], 'no suite "nope"; choose from ade20k'),
         (["--suite", "toon", "--out", str(tmp_path), "--tasks", "dance"], "no such task in toon; caption"),
     ):

@@ -41,7 +41,7 @@ network_options = stack(
 
 suite_options = stack(
     click.option("--suite", metavar="NAME", help="toon, a benchmark, paper for all of those; ls lists them."),
-    click.option("--data", metavar="DIR", help="Folder with the suites' manifests, NAME.jsonl."),
+    click.option("--data", metavar="DIR", help="Folder of the suites' NAME.jsonl or NAME/manifest.jsonl."),
     click.option("--model", default="toon", show_default=True, metavar="M", help="toon, or a model directory."),
     click.option("--tasks", metavar="T,…", help="Only these tasks of the toon suite."),
     click.option(
