@@ -28,6 +28,8 @@ PACKAGES = (
     "numba",
     "cupy-cuda12x",
     "cupy-cuda13x",
+    "scipy",
+    "torchmetrics",
 )
 REQUIRED = PACKAGES[:8]
 LOW_MEMORY_BYTES = 2 * 2**30  # the toon model runs in less, but little else will

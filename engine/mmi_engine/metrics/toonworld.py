@@ -2,10 +2,10 @@
 
 Place in the flow: the metric ``toon``; references are the manifests of `mmi data make toon` (truth in ``meta``),
 results those of any command. Pictures go through `toon.oracle`, sentences through `toon.texts.parse_text`; what cannot
-be read is wrong. Every measure stands beside what needs no look: ``chance`` (a uniform guess), ``majority`` (the most
-frequent true answer, always given) and ``blind`` (the best guess without the picture, from training scenes: by the
-question's words, by the expression's words, one map for all) and ``copy`` (the given frame repeated: it keeps what a
-story keeps).
+be read is wrong. Every measure stands beside what needs no look: ``chance`` (a uniform guess; of boxes and maps another
+item's), ``majority`` (the most frequent true answer, always given), ``blind`` (the best guess without the picture, from
+training scenes: by the question's words, by the expression's words, one map for all) and ``copy`` (the given frame
+repeated: it keeps what a story keeps).
 """
 
 from __future__ import annotations
@@ -118,6 +118,15 @@ def _add_baselines(measures: list[Measure], truths: dict[str, list[Any]], copies
             measure.baselines["copy"] = 100.0 * copies[measure.name]
 
 
+def _add_whole(measure: Measure, asked: list[dict[str, Any]]) -> None:
+    """Baselines of "every stated attribute": guessing all of them at once, and the most frequent combination."""
+    known = [truths for truths in asked if truths]
+    if known:
+        measure.baselines["chance"] = 100.0 * float(np.mean([math.prod(1 / CHOICES[n] for n in t) for t in known]))
+        common = Counter(tuple(sorted(truths.items())) for truths in known).most_common(1)[0][1]
+        measure.baselines["majority"] = 100.0 * common / len(known)
+
+
 def _captions(references: list[Truth], predictions: list[str | None], options: Options) -> Scores:
     """Character, place, action and props must be stated and right, and whatever else is stated must be right."""
     judged, true_values = [], {name: [] for name in CHOICES}  # type: ignore[var-annotated]
@@ -130,6 +139,7 @@ def _captions(references: list[Truth], predictions: list[str | None], options: O
             true_values[name].append(true[name])
     measures = _shares(judged, ("all", *CHOICES), {"all": "every stated attribute"})
     _add_baselines(measures, true_values, {})
+    _add_whole(measures[0], [{name: truth(r.scenes[0])[name] for name in STATED} for r in references])
     return Scores(measures)
 
 
@@ -144,6 +154,7 @@ def _read(source: Source, problems: dict[int, str], item: int) -> dict[str, Any]
 def _prompted(references: list[Truth], predictions: list[list[Source] | None], options: Options) -> Scores:
     """Text to image: the attributes that the prompt states, read off the picture."""
     judged, true_values = [], {name: [] for name in CHOICES}  # type: ignore[var-annotated]
+    whole: list[dict[str, Any]] = []
     problems: dict[int, str] = {}
     lost: Counter[str] = Counter()
     for k, (reference, made) in enumerate(zip(references, predictions, strict=True)):
@@ -154,11 +165,13 @@ def _prompted(references: list[Truth], predictions: list[list[Source] | None], o
         right = {name: float(said.get(name, UNREADABLE) == true[name]) for name in asked}
         lost.update(name for name in asked if said.get(name, UNREADABLE) == UNREADABLE)
         judged.append({**right, "all": float(all(right.values()))} if asked else {})
+        whole.append({name: true[name] for name in asked})
         for name in asked:
             true_values[name].append(true[name])
         options.progress("oracle", k + 1, len(references))
     measures = _shares(judged, ("all", *CHOICES), {"all": "every stated attribute"})
     _add_baselines(measures, true_values, {})
+    _add_whole(measures[0], whole)
     return Scores(measures, notes=_unreadable(lost, true_values), problems=problems)
 
 
@@ -211,7 +224,8 @@ def _of_frames(frames: list[dict[str, float]]) -> dict[str, float]:
 
 def _answers(references: list[Truth], predictions: list[str | None], options: Options) -> Scores:
     """Exact answers, by kind of question."""
-    guesses = blind.answers()
+    guesses, options_of = blind.answers(), blind.choices()
+    chances: dict[str, list[float]] = {}
     judged, blinds, true_values = [], [], {"all": []}  # type: ignore[var-annotated]
     for reference, text in zip(references, predictions, strict=True):
         row = reference.row
@@ -222,12 +236,14 @@ def _answers(references: list[Truth], predictions: list[str | None], options: Op
         blinds.append({"all": guess, kind: guess})
         for name in {"all", kind}:
             true_values.setdefault(name, []).append(true)
+            chances.setdefault(name, []).append(1 / options_of.get(blind.pattern(row["question"]), 2))
     order = ["all", *sorted(name for name in true_values if name != "all")]
     measures = _shares(judged, order, {"all": "exact answer"})
     shares = {name: float(np.nanmean([item.get(name, math.nan) for item in blinds])) for name in order}
     for measure, name in zip(measures, order, strict=True):
         measure.baselines["majority"] = 100.0 * Counter(true_values[name]).most_common(1)[0][1] / len(true_values[name])
         measure.baselines["blind"] = 100.0 * shares[name]
+        measure.baselines["chance"] = 100.0 * float(np.mean(chances[name]))
     return Scores(measures)
 
 
@@ -241,6 +257,9 @@ def _boxes(references: list[Truth], predictions: list[tuple[float, ...] | None],
         guessed.append(iou(blind.box(reference.row["expression"], guesses), true))
     hits = mean_measure("IoU > 0.5", 100.0 * (np.array(overlap) > THRESHOLD), "%")
     mean = mean_measure("mean IoU", overlap)
+    shifted = [iou(references[k - len(references) // 2].row["box"], r.row["box"]) for k, r in enumerate(references)]
+    hits.baselines["chance"] = 100.0 * float(np.mean(np.array(shifted) > THRESHOLD))
+    mean.baselines["chance"] = float(np.mean(shifted))
     hits.baselines["blind"] = 100.0 * float(np.mean(np.array(guessed) > THRESHOLD))
     mean.baselines["blind"] = float(np.mean(guessed))
     lost = sum(box == () for box in predictions)
@@ -251,7 +270,7 @@ def _maps(references: list[Truth], predictions: list[list[Source] | None], optio
     """Mean IoU of the maps that the oracle reads off pictures, classes present in the truth, class 0 left out."""
     classes = len(CLASSES) - 1
     constant = blind.semantic_map()
-    tables, guesses = [], []
+    tables, guesses, shifted = [], [], []
     problems: dict[int, str] = {}
     for k, (reference, made) in enumerate(zip(references, predictions, strict=True)):
         true = reference.labels if reference.labels is not None else np.zeros((1, 1), int)
@@ -262,9 +281,12 @@ def _maps(references: list[Truth], predictions: list[list[Source] | None], optio
             problems[k] = str(error)
         tables.append(counts(true, said, classes))
         guesses.append(counts(true, constant, classes))
+        before = references[k - 1].labels
+        shifted.append(counts(true, before if before is not None and before.shape == true.shape else None, classes))
         options.progress("oracle", k + 1, len(references))
     table = np.stack(tables)
     measure = Measure("mIoU", float(miou(table.sum(0))), parts=miou(table), resample=partial(_of_maps, table))
+    measure.baselines["chance"] = float(miou(np.stack(shifted).sum(0)))
     measure.baselines["blind"] = float(miou(np.stack(guesses).sum(0)))
     return Scores([measure], problems=problems)
 

@@ -64,6 +64,17 @@ def answer(question: str, guesses: tuple[dict[str, str], dict[str, str], str]) -
 
 
 @functools.cache
+def choices() -> dict[str, int]:
+    """How many different answers training questions of a pattern have."""
+    seen: dict[str, set[str]] = defaultdict(set)
+    for index in range(SCENES):
+        scene = sample_scene(index, "train")
+        for question, answer, _ in texts.questions(scene, random.Random(index)):
+            seen[pattern(question)].add(normal_answer(answer))
+    return {key: len(found) for key, found in seen.items()}
+
+
+@functools.cache
 def boxes() -> tuple[dict[str, tuple[float, ...]], tuple[float, ...]]:
     """Median training box xyxy px by pattern of the expression, and of all."""
     seen: dict[str, list[tuple[int, ...]]] = defaultdict(list)
