@@ -136,6 +136,7 @@ def test_rows_of_another_world_or_of_two_tasks_are_refused(world, tmp_path):
 def test_blind_guesses_follow_the_words():
     guesses = blind.answers()
     assert blind.answer("Is there a spaceship?", guesses) in ("yes", "no")
+    assert blind.answer("Which is larger, the boat or the tree?", guesses) == "boat"
     assert blind.answer("On which side is the sun?", guesses) in ("left", "right")
     assert blind.pattern("Is Pip in the snow near 12?") == blind.pattern("Is Momo on the beach near 7?")
     x1, y1, x2, y2 = blind.box("the one in the pink shirt", blind.boxes())
