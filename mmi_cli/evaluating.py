@@ -15,6 +15,7 @@ from mmi_engine.errors import UsageError
 
 if TYPE_CHECKING:
     from mmi_engine.metrics.base import Measure, Options
+    from mmi_engine.metrics.bootstrap import Difference
     from mmi_engine.metrics.compare import Comparison
     from mmi_engine.metrics.pairs import References, Results
     from mmi_engine.metrics.score import Card
@@ -35,6 +36,8 @@ def run(options: dict[str, Any]) -> int:
         if not paths:
             raise UsageError("no run to score", remedy="mmi eval RUN… --references R")
         return _score(options, paths, options["references"])
+    if len(paths) > 1 and any(Path(paths[-1]).glob("results*.jsonl")):
+        raise UsageError(f"{len(paths)} runs and no truth", remedy=f"mmi eval {' '.join(paths)} --references R")
     if len(paths) != 2:
         remedy = "mmi eval RESULTS REFERENCES, or mmi eval A B … --references R, or mmi eval --suite NAME"
         raise UsageError(f"expected RESULTS and REFERENCES, found {len(paths)} arguments", remedy=remedy)
@@ -223,6 +226,14 @@ def _write_comparison(found: list[Comparison], references: References, out: Path
     write_json(out / "metrics.json", content)
 
 
+def _gap(change: Difference) -> tuple[str, str, str]:
+    """Difference, its interval and p; dashes where nothing was resampled."""
+    if change.low != change.low:  # NaN
+        return f"{change.value:+.4g}", "–", "–"
+    span = f"[{change.low:+.4g} … {change.high:+.4g}]"
+    return f"{change.value:+.4g}", span, f"{change.p:.3g} ({change.test})"
+
+
 def _show_comparison(comparison: Comparison) -> None:
     terminal = console.current()
     base = comparison.cards[0]
@@ -232,9 +243,7 @@ def _show_comparison(comparison: Comparison) -> None:
     for k, card in enumerate(comparison.cards):
         for measure in card.measures:
             change = comparison.differences[k - 1][measure.name] if k else None
-            gap = ("", "", "") if change is None else (
-                f"{change.value:+.4g}", f"[{change.low:+.4g} … {change.high:+.4g}]", f"{change.p:.3g} ({change.test})",
-            )  # fmt: skip
+            gap = ("", "", "") if change is None else _gap(change)
             rows.append((card.run, measure.name, number(measure), interval(measure), *gap, str(card.problems)))
     terminal.table(rows, header=header)
     for card in comparison.cards:

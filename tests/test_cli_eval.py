@@ -121,6 +121,7 @@ def test_hostile_files_end_with_cause_place_and_remedy(tmp_path, capsys, case):
             "--metric fid needs --inception; name the weights (docs/eval.md says which)",
         ),
         (["{o}", "{r}", "--metric", "fid"], "or --metric fd-encoder for the model's own encoder"),
+        (["{o}", "{o}"], "2 runs and no truth; mmi eval"),
         (["--references", "{r}"], "no run to score"),
         (["gone", "{r}"], 'manifest "gone" not found'),
         (["{o}", "{r}", "--suite", "toon"], "--suite takes no RESULTS"),
@@ -177,6 +178,25 @@ def test_comparison_with_plot_and_galleries(tmp_path, references, capsys):
     assert found["value"] == pytest.approx(1 - 0.627403063) and found["p"] == 0.5 and found["items"] == 3
     assert Image.open(tmp_path / "cmp" / "rouge.png").size[0] > 500
     assert (tmp_path / "cmp" / "worst-1-A.html").exists() and (tmp_path / "cmp" / "worst-2-B.html").exists()
+
+
+def test_comparison_without_resamples_has_dashes_and_sound_json(tmp_path, references, capsys):
+    for name in "AB":
+        captions(tmp_path / name / "results.jsonl")
+    arguments = (
+        tmp_path / "A",
+        tmp_path / "B",
+        "--references",
+        references,
+        "--metric",
+        "rouge",
+        "--out",
+        tmp_path / "c",
+    )
+    assert main(["eval", *map(str, arguments), "--resamples", "0"]) == 0
+    assert "nan" not in capsys.readouterr().out
+    text = (tmp_path / "c" / "metrics.json").read_text()
+    assert "NaN" not in text and json.loads(text)["comparisons"][0]["differences"][0]["ROUGE-L"]["p"] is None
 
 
 def test_comparison_under_skip_takes_the_common_items(tmp_path, references, capsys):

@@ -37,10 +37,18 @@ class Comparison:
             "metric": self.metric,
             "runs": [{"name": card.run, **card.to_json()} for card in self.cards],
             "differences": [
-                {name: {**vars(difference), "baseline": self.cards[0].run} for name, difference in found.items()}
+                {
+                    name: {**{k: plain(v) for k, v in vars(difference).items()}, "baseline": self.cards[0].run}
+                    for name, difference in found.items()
+                }
                 for found in self.differences
             ],
         }
+
+
+def plain(value: Any) -> Any:
+    """NaN as None: JSON has no other word for it."""
+    return None if isinstance(value, float) and value != value else value
 
 
 def compare(
