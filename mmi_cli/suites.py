@@ -240,7 +240,8 @@ def _write(rows: list[dict[str, Any]], out: Path, suites: list[Suite]) -> None:
         if measure is not None:
             numbers = {key: getattr(measure, key) for key in ("value", "low", "high")}
             entry |= {key: value if value == value else None for key, value in numbers.items()}
-            entry |= {"measure": measure.name, "unit": measure.unit, "baselines": measure.baselines}
+            entry |= {"measure": measure.name, "unit": measure.unit}
+            entry["baselines"] = {key: value if value == value else None for key, value in measure.baselines.items()}
         plain.append(entry)
     content = {"suites": [found.name for found in suites], "rows": plain, "versions": versions()}
     write_json(out / "suite.json", content)

@@ -78,7 +78,7 @@ class Card:
                 "unit": m.unit,
                 "higher_is_better": m.higher,
                 "resamples": 0 if m.draws is None else len(m.draws),
-                **({"baselines": m.baselines} if m.baselines else {}),
+                **({"baselines": {name: _plain(value) for name, value in m.baselines.items()}} if m.baselines else {}),
             }
             for m in self.measures
         }
