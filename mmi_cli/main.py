@@ -31,7 +31,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "seg2img": ("mmi_cli.commands.seg2img", "seg2img", "Draw pictures from semantic maps."),
     "story": ("mmi_cli.commands.story", "story", "Fill in the missing pictures and texts of stories."),
     "train": ("mmi_cli.commands.train", "train", "Pre-train or fine-tune by a named recipe."),
-    "eval": ("mmi_cli.commands.eval", "eval_", "Measure a model on a suite of test items."),
+    "eval": ("mmi_cli.commands.eval", "eval_", "Score finished results, compare runs, run benchmarks."),
     "data": ("mmi_cli.commands.data", "data", "Import, validate and make data."),
     "model": ("mmi_cli.commands.model", "model", "Look into model directories."),
     "recipe": ("mmi_cli.commands.recipe", "recipe", "List, show and copy the training recipes."),
