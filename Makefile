@@ -13,7 +13,7 @@ STORY_ARGS ?=
 PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install story test check lint types format wheel clean
+.PHONY: help install story test check lint types format docs wheel clean
 
 help:
 	@sed -n '3,7p' Makefile | sed 's/^# \{0,3\}//'
@@ -54,6 +54,9 @@ types: $(VENV)/.stamp-dev
 format: $(VENV)/.stamp-dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+docs: $(VENV)/.stamp-dev
+	$(BIN)/python tests/help_text.py > docs/help.md.new && mv docs/help.md.new docs/help.md
 
 wheel: $(VENV)/.stamp-dev
 	$(BIN)/python -m build --wheel --no-isolation

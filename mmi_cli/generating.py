@@ -6,13 +6,14 @@ Place in the flow: `commands/story.py` and its sisters differ in their task and 
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
 
-from mmi_cli import console
+from mmi_cli import console, launch
 from mmi_engine.errors import Interrupted, StoppedError, UsageError
 
 if TYPE_CHECKING:
@@ -42,13 +43,12 @@ ORIGINS = {
 }
 
 
-def generate(task: Task, options: dict[str, Any], defaults: dict[str, Any] | None = None) -> int:
+def generate(task: Task, options: dict[str, Any]) -> int:
     """Run a generating command.
 
     Args:
         task: what the rows ask for.
         options: the command's parameters by name, as the groups in `options.py` define them.
-        defaults: the task's own settings, below the command line and the environment.
 
     Returns:
         the process's exit code.
@@ -60,14 +60,17 @@ def generate(task: Task, options: dict[str, Any], defaults: dict[str, Any] | Non
         raise UsageError(
             f"mmi {task.name} makes pictures, which do not fit on stdout", remedy="name a folder: --out DIR"
         )
-    manifest = Manifest(options["manifest"], root=options["root"])
+    launch.check(console.current().warning, streaming=options["out"] == "-")
+    if launch.ranks()[0] > 0:
+        console.current().progress = False  # one bar is enough; the first process draws it
+    manifest = Manifest(options["manifest"], root=options["root"], column=task.column)
     loader = ImageLoader(manifest.root, allow_urls=options["allow_urls"])
     run_options = _run_options(options)
     if options["dry_run"]:
         return _dry_run(task, manifest, loader, run_options, options)
     if options["out"] is None:
         raise UsageError("Missing option '--out'", remedy="name the output folder: --out DIR")
-    return _run(task, manifest, loader, run_options, options, defaults or {})
+    return _run(task, manifest, loader, run_options, options)
 
 
 def _run(
@@ -76,16 +79,16 @@ def _run(
     loader: ImageLoader,
     run_options: RunOptions,
     options: dict[str, Any],
-    defaults: dict[str, Any],
 ) -> int:
     from mmi_engine.run import run
+    from mmi_engine.stream import StreamOut
 
     terminal = console.current()
     reporter = console.RunReporter(terminal, task.name)
-    engine = make_engine(options, defaults)
-    out = Path(options["out"])
+    engine = make_engine(options, task.decoding)
+    target = StreamOut(sys.stdout.buffer) if options["out"] == "-" else Path(options["out"])
     try:
-        summary = run(task, manifest, out, engine, run_options, loader=loader, reporter=reporter)
+        summary = run(task, manifest, target, engine, run_options, loader=loader, reporter=reporter)
     except (Interrupted, StoppedError) as stop:
         reporter.end()
         if isinstance(stop, StoppedError):
@@ -95,11 +98,11 @@ def _run(
         return stop.exit_code
     finally:
         reporter.end()
-    _summarise(summary, out, run_options)
+    _summarise(summary, target if isinstance(target, Path) else None, run_options)
     return summary.exit_code
 
 
-def make_engine(options: dict[str, Any], defaults: dict[str, Any]) -> Any:
+def make_engine(options: dict[str, Any], decoding: str) -> Any:
     """The engine that the options describe; nothing is loaded yet."""
     from mmi_engine.engine import Choices, ModelEngine
 
@@ -113,7 +116,8 @@ def make_engine(options: dict[str, Any], defaults: dict[str, Any]) -> Any:
         batch_size=options["batch_size"],
         fast=options.get("fast", False),
         local_rank=int(os.environ.get("LOCAL_RANK", "0")),
-        settings={**defaults, **named},
+        decoding=decoding,
+        settings=named,
         origins=_origins(),
     )
     return ModelEngine(choices, console.current().once)
@@ -135,7 +139,7 @@ def _run_options(options: dict[str, Any]) -> RunOptions:
     from mmi_engine.run import RunOptions
 
     shard = options["shard"]
-    rank, world = _launched()
+    rank, world = launch.ranks()
     return RunOptions(
         seed=options["seed"],
         part=Part(shard.shard, shard.shards, rank, world),
@@ -147,13 +151,6 @@ def _run_options(options: dict[str, Any]) -> RunOptions:
         gallery=not options["no_gallery"],
         origins=_origins(),
     )
-
-
-def _launched() -> tuple[int, int]:
-    """(rank, processes) as `torchrun` and `accelerate launch` export them; (0, 1) without a launcher."""
-    if not {"RANK", "LOCAL_RANK", "WORLD_SIZE"} <= os.environ.keys():
-        return 0, 1
-    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 
 def _dry_run(
@@ -187,15 +184,19 @@ def _dry_run(
     return report.exit_code
 
 
-def _summarise(summary: Summary, out: Path, options: RunOptions) -> None:
+def _summarise(summary: Summary, out: Path | None, options: RunOptions) -> None:
     terminal = console.current()
-    text = f"{summary.done} of {summary.total} done"
+    part = options.part
+    who = f"process {part.rank + 1} of {part.world}: " if part.world > 1 else ""
+    text = f"{who}{summary.done} of {summary.total} done"
     if summary.failed:
         codes = ", ".join(f"{code} {count}" for code, count in sorted(summary.errors.items()))
-        text += f", {summary.failed} failed" + (f" ({codes})" if codes else "") + "; see errors.jsonl"
+        text += f", {summary.failed} failed" + (f" ({codes})" if codes else "") + ("; see errors.jsonl" if out else "")
         if not codes:
             text += ", --retry-errors tries again"
-    if summary.merged:
+    if out is None:
+        pass
+    elif summary.merged:
         text += f" → {out / 'index.html' if options.gallery else out}"
     else:
         text += f" → {out} (other parts still have items to do)"

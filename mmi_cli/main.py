@@ -7,6 +7,7 @@ Place in the flow: the entry point. Commands are listed from a table, so `mmi --
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import os
 import sys
@@ -23,10 +24,15 @@ from mmi_engine.errors import MMIError
 
 # name → (module, attribute, one line of help); the order of `mmi --help`
 COMMANDS: dict[str, tuple[str, str, str]] = {
+    "caption": ("mmi_cli.commands.caption", "caption", "Describe pictures."),
+    "vqa": ("mmi_cli.commands.vqa", "vqa", "Answer questions about pictures; rank options of a dialogue."),
+    "ground": ("mmi_cli.commands.ground", "ground", "Find the box of what an expression describes."),
+    "t2i": ("mmi_cli.commands.t2i", "t2i", "Draw pictures from text."),
+    "seg2img": ("mmi_cli.commands.seg2img", "seg2img", "Draw pictures from semantic maps."),
     "story": ("mmi_cli.commands.story", "story", "Fill in the missing pictures and texts of stories."),
     "train": ("mmi_cli.commands.train", "train", "Pre-train or fine-tune by a named recipe."),
-    "eval": ("mmi_cli.commands.eval", "eval_", "Measure a model on a suite of test items."),
-    "data": ("mmi_cli.commands.data", "data", "Validate manifests; make the built-in data."),
+    "eval": ("mmi_cli.commands.eval", "eval_", "Score finished results, compare runs, run benchmarks."),
+    "data": ("mmi_cli.commands.data", "data", "Import, validate and make data."),
     "model": ("mmi_cli.commands.model", "model", "Look into model directories."),
     "recipe": ("mmi_cli.commands.recipe", "recipe", "List, show and copy the training recipes."),
     "bench": ("mmi_cli.commands.bench", "bench", "Measure the sampling kernels."),
@@ -59,6 +65,18 @@ class LazyGroup(click.Group):
         share_environment(command)
         return command
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """As click does, with a guess at what a mistyped name meant."""
+        guesses = difflib.get_close_matches(args[0], self.table, n=1) if args[0] not in self.table else []
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError as error:
+            if not guesses or "Did you mean" in error.message:
+                raise
+            raise click.UsageError(f"{error.message} Did you mean '{guesses[0]}'?", ctx) from None
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Help lines from the table, without an import."""
         with formatter.section("Commands"):
@@ -85,7 +103,7 @@ def share_environment(command: click.Command) -> None:
 )
 @click.version_option(__version__, "--version", prog_name="mmi")
 def cli() -> None:
-    """Interleaved image-text generation: fill in stories, train, verify.
+    """Interleaved image-text generation: describe, answer, find, draw, tell stories; train, measure, verify.
 
     Without a download: the embedded toon model is the default everywhere.
     """

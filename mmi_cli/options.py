@@ -101,13 +101,33 @@ class IdsType(click.ParamType):
 
 manifest_argument = click.argument("manifest", metavar="MANIFEST")
 
+out_option = click.option("--out", metavar="DIR", help="Output folder; a run that is there already is resumed.")
+out_or_stream = click.option(
+    "--out", metavar="DIR|-", help="Output folder; a run that is there already is resumed. - streams rows to stdout."
+)
+template_option = click.option("--template", metavar="TEXT", help="Your own prompt, fields in braces.  [see below]")
+candidate_options = stack(
+    click.option(
+        "--candidates",
+        metavar="N",
+        type=click.IntRange(1, 1000),
+        default=1,
+        show_default=True,
+        help="Pictures drawn per row; all are kept unless --rerank.",
+    ),
+    click.option(
+        "--rerank", metavar="MODEL|self", help="Keep the best: by a CLIP model directory, or by the model's captioning."
+    ),
+    click.option("--keep-all", is_flag=True, help="With --rerank: write every candidate, not the best alone."),
+)
+
 input_options = stack(
     click.option("--root", metavar="DIR", help="Folder image paths are relative to.  [default: the manifest's]"),
     click.option("--allow-urls", is_flag=True, help="Fetch http(s) images."),
 )
 
 model_options = stack(
-    click.option("--model", default="toon", show_default=True, metavar="M", help="toon, or a model directory."),
+    click.option("--model", default="toon", show_default=True, metavar="M", help="toon, a directory, or a hub id."),
     click.option("--device", type=DeviceType(), default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."),
     click.option("--dtype", type=click.Choice(DTYPES), default="auto", show_default=True, help="Number format."),
     click.option("--kernel", type=click.Choice(KERNELS), default="auto", show_default=True, help="Sampling kernel."),
@@ -117,7 +137,13 @@ model_options = stack(
 )
 
 batch_options = stack(
-    click.option("--batch-size", type=BatchSizeType(), default="auto", show_default=True, help="Items at a time."),
+    click.option(
+        "--batch-size",
+        type=BatchSizeType(),
+        default="auto",
+        show_default=True,
+        help="Items at a time; auto tries the first item.",
+    ),
     click.option("--seed", metavar="S", type=click.IntRange(0), default=0, show_default=True, help="Seed of the run."),
 )
 
@@ -152,7 +178,13 @@ selection_options = stack(
 resume_options = stack(
     click.option("--overwrite", is_flag=True, help="Start anew instead of resuming."),
     click.option("--retry-errors", is_flag=True, help="Work on failed rows again."),
-    click.option("--on-error", type=click.Choice(["skip", "stop"]), default="skip", show_default=True),
+    click.option(
+        "--on-error",
+        type=click.Choice(["skip", "stop"]),
+        default="skip",
+        show_default=True,
+        help="What a failed row does to the run.",
+    ),
     click.option("--dry-run", is_flag=True, help="Check the manifest and every image; load no model, write nothing."),
     click.option("--no-gallery", is_flag=True, help="Write no index.html."),
 )

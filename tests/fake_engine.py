@@ -24,17 +24,19 @@ SIDE = 16
 class FakeEngine:
     """Engine protocol; `delay` seconds per image, `fail` decides which jobs raise, `log` keeps the batches."""
 
-    image_size = SIDE
+    image_size = input_side = SIDE
+    undecided = False
 
-    def __init__(self, batch_size: int = 2, delay: float = 0.0, fail=None, identity=None) -> None:
+    def __init__(self, batch_size: int = 2, delay: float = 0.0, fail=None, identity=None, answer=None) -> None:
         self.batch_size = batch_size
         self.delay = delay
         self.fail = fail or (lambda job, count: None)
         self.extra = identity or {}
+        self.answer = answer  # what every missing text comes to, in place of a hash
         self.loads = 0
         self.batches: list[tuple[int, int]] = []
 
-    def identity(self, rows, recorded):
+    def identity(self, rows, recorded, sample=None):
         return {"model": "fake", "settings": {"steps": 3, **self.extra}}
 
     def record(self):
@@ -57,21 +59,38 @@ class FakeEngine:
     def _one(self, job, seed: int):
         from mmi_engine.tasks import Piece
 
+        filled = self._made(job, seed)
+        for number in range(1, job.candidates):
+            filled.append(self._made(job, seed + number)[-1])
+        if job.candidates > 1 and job.rank is not None:
+            first = len(filled) - job.candidates
+            ranked = enumerate(filled[first:])
+            filled[first:] = [Piece("image", made.value, scores=(-abs(k - 1.0),)) for k, made in ranked]
+        return filled
+
+    def _made(self, job, seed: int):
+        from mmi_engine.tasks import Piece
+
         digest = hashlib.sha256(str(seed).encode())
         filled = []
         pieces = list(job.pieces)
         for _ in range(job.free):
             pieces += [Piece("text"), Piece("image")]
         for piece in pieces:
-            value = piece.value
-            if value is None and piece.kind == "text":
+            value, scores = piece.value, ()
+            if value is None and piece.options:
+                scores = tuple(-float(digest.digest()[k % 32]) for k in range(len(piece.options)))
+                value = piece.options[scores.index(max(scores))]
+            elif value is None and self.answer is not None and piece.kind == "text":
+                value = self.answer
+            elif value is None and piece.kind == "text":
                 value = f"made {digest.hexdigest()[:6]}"
             elif value is None:
                 time.sleep(self.delay)
                 block = np.frombuffer((digest.digest() * 24)[: SIDE * SIDE * 3], np.uint8)
                 value = Image.fromarray(block.reshape(SIDE, SIDE, 3).copy())
             digest.update(value.encode() if piece.kind == "text" else value.tobytes())
-            filled.append(Piece(piece.kind, value))
+            filled.append(Piece(piece.kind, value, scores=scores))
         return filled
 
 

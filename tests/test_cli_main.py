@@ -68,6 +68,18 @@ def test_every_command_has_short_help_and_a_runnable_example(capsys):
         )
 
 
+def test_a_mistyped_command_is_guessed(capsys):
+    assert main(["captoin", "x"]) == 2
+    assert "Did you mean 'caption'?" in capsys.readouterr().err
+    assert main(["zzzz"]) == 2
+    assert "Did you mean" not in capsys.readouterr().err
+
+
+def test_a_prompt_in_place_of_a_manifest_is_told_how(capsys):
+    assert main(["t2i", "a red bus", "--out", "nowhere"]) == 2
+    assert "mmi t2i - --out DIR" in capsys.readouterr().err
+
+
 def test_version(capsys):
     assert main(["--version"]) == 0
     assert __version__ in capsys.readouterr().out
@@ -112,7 +124,7 @@ def test_data_check_knows_the_rows_of_all_commands(tmp_path, capsys):
         {
             "images": ["a.png", "a.png"],
             "question": "which?",
-            "shots": [{"image": "a.png", "question": "", "answer": ""}],
+            "shots": [{"image": "a.png", "question": "what?", "answer": "x"}],
         },
         {"segmentation": "a.png", "prompt": "a room"},
         {"prompt": "a bus"},

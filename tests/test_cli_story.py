@@ -16,6 +16,7 @@ from PIL import Image
 
 from mmi_cli import generating
 from mmi_cli.main import main
+from mmi_engine import run as run_module
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -208,6 +209,19 @@ def test_the_same_run_from_two_processes_of_a_launcher(tmp_path, manifest, engin
         for name, value in (("RANK", rank), ("LOCAL_RANK", rank), ("WORLD_SIZE", 2)):
             monkeypatch.setenv(name, str(value))
         assert main(["story", str(manifest), "--out", str(tmp_path / "out")]) == 0
+    assert [row["id"] for row in rows(tmp_path / "out")] == ["s0", "s1"]
+
+
+def test_a_launched_process_with_failed_items_waits_for_the_others_but_not_for_ever(
+    tmp_path, manifest, engine, monkeypatch
+):
+    monkeypatch.setattr(run_module, "LAUNCH_GRACE_S", 0.5)
+    with manifest.open("a") as stream:
+        stream.write('{"id": "s2", "frames": [{"image": "gone.png"}]}\n')
+    for rank, code in ((0, 3), (1, 0)):  # the first one finds nobody: it gives up and returns
+        for name, value in (("RANK", rank), ("LOCAL_RANK", rank), ("WORLD_SIZE", 2)):
+            monkeypatch.setenv(name, str(value))
+        assert main(["story", str(manifest), "--out", str(tmp_path / "out")]) == code
     assert [row["id"] for row in rows(tmp_path / "out")] == ["s0", "s1"]
 
 

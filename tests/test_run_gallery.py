@@ -8,7 +8,8 @@ import urllib.parse
 from pathlib import Path
 
 from mmi_engine import gallery
-from mmi_engine.tasks import StoryTask
+from mmi_engine.data.manifest import Row
+from mmi_engine.tasks import CaptionTask, GroundTask, StoryTask, T2iTask, VqaTask
 
 
 class Page(html.parser.HTMLParser):
@@ -95,3 +96,37 @@ def test_nothing_is_loaded_from_elsewhere_and_no_script_is_needed(tmp_path):
 def test_an_empty_run_still_has_a_page(tmp_path):
     pages = build(tmp_path, [], [{"id": "x", "line": 1, "error": "bad_json", "message": "broken"}])
     assert "bad_json" in pages["index.html"].words
+
+
+def test_every_task_shows_what_was_asked_beside_what_came_out(tmp_path):
+    """Inputs, questions, boxes in percent of the picture; items of several pictures get wider cards."""
+    rows = {
+        "ground": (GroundTask(), {"expression": "the <ball>"}, {"box": [10, 5, 30, 15], "size": [40, 20]}),
+        "vqa": (VqaTask(), {"question": "what?"}, {"answer": "a bus"}),
+        "caption": (CaptionTask(), {}, {"caption": "a bus"}),
+        "t2i": (T2iTask(), {"prompt": "a bus"}, {"image": "t2i.png"}),
+    }
+    for name, (task, asked, made) in rows.items():
+        result = {"id": name, **made, "seed": 1, "status": "ok"}
+        (tmp_path / "results.jsonl").write_text(json.dumps(result) + "\n")
+        (tmp_path / "errors.jsonl").write_text("")
+        files = (tmp_path / "results.jsonl", tmp_path / "errors.jsonl")
+        manifest = [Row(1, "other", {}), Row(2, name, asked)]
+        copies = {name: [f"index_files/0-{name}.jpg"] if task.keeps_inputs else []}
+        ((_, text),) = gallery.pages(task, *files, rows=manifest, copies=copies.__getitem__)
+        page = Page(text)
+        assert all(value in page.words for value in asked.values())
+        assert [image["src"] for image in page.all("img")] == (copies[name] or ["t2i.png"])
+        boxes = [span["style"] for span in page.all("span") if span.get("class") == "box"]
+        assert boxes == (["left:25.00%;top:25.00%;width:50.00%;height:50.00%"] if name == "ground" else [])
+
+
+def test_thousands_of_items_stay_in_pages_a_browser_can_hold(tmp_path):
+    results = "".join(json.dumps(story(f"s{n}")) + "\n" for n in range(5000))
+    (tmp_path / "results.jsonl").write_text(results)
+    (tmp_path / "errors.jsonl").write_text("")
+    sizes = [
+        len(page.encode())
+        for _, page in gallery.pages(StoryTask(), tmp_path / "results.jsonl", tmp_path / "errors.jsonl")
+    ]
+    assert len(sizes) == 25 and max(sizes) < 2**20

@@ -19,7 +19,7 @@ from PIL import Image
 from mmi_engine.data.manifest import Manifest
 from mmi_engine.locks import Part
 from mmi_engine.run import RunOptions, run
-from mmi_engine.tasks import StoryTask
+from mmi_engine.tasks import GroundTask, StoryTask
 
 # what the operating system is asked to do, as seen by Python's audit hooks; killing before each covers every state
 EVENTS = {"open", "os.rename", "os.remove", "os.truncate", "os.mkdir", "os.rmdir", "shutil.rmtree"}
@@ -55,7 +55,7 @@ def manifest(tmp_path, monkeypatch) -> Path:
     return path
 
 
-def forked(out: Path, manifest: Path, options: RunOptions, kill_at: int | None = None) -> int:
+def forked(out: Path, manifest: Path, options: RunOptions, kill_at: int | None = None, task=None) -> int:
     """One run in a child process that kills itself before its `kill_at`-th change to the disk; its exit status."""
     child = os.fork()
     if child == 0:
@@ -68,7 +68,8 @@ def forked(out: Path, manifest: Path, options: RunOptions, kill_at: int | None =
                         os.kill(os.getpid(), signal.SIGKILL)
 
                 sys.addaudithook(hook)
-            summary = run(StoryTask(), Manifest(manifest), out, FakeEngine(), options)
+            engine = FakeEngine(answer="(100,100)(500,500)" if task else None)
+            summary = run(task or StoryTask(), Manifest(manifest), out, engine, options)
             os._exit(summary.exit_code)
         except BaseException:
             import traceback
@@ -94,6 +95,26 @@ def test_killed_before_every_single_disk_operation_and_resumed(tmp_path, manifes
         assert forked(out, manifest, RunOptions()) == 3
         assert tree(out) == expected, f"killed before operation {moment}"
     assert killed > 60  # the run really does this much; a hook that never fires would prove nothing
+
+
+def test_killed_while_drawing_boxes_with_small_copies_of_inputs(tmp_path, manifest):
+    """Small copies lie beside rows and media and are swept at the end; a kill between any two must not show."""
+    rows = [{"id": name, "image": "a.png", "expression": "it"} for name in ("one", "two/three")]
+    manifest.write_text("\n".join(map(json.dumps, [*rows, {"id": "lost", "image": "gone.png"}])) + "\n")
+    reference = tmp_path / "reference"
+    task = GroundTask(draw=True)
+    assert forked(reference, manifest, RunOptions(), task=task) == 3
+    expected = tree(reference)
+    assert sum(name.startswith("index_files/") for name in expected) == 2 and "one.png" in expected
+    killed = 0
+    for moment in itertools.count():
+        out = tmp_path / f"out{moment}"
+        if forked(out, manifest, RunOptions(), kill_at=moment, task=task) == 3:
+            break
+        killed += 1
+        assert forked(out, manifest, RunOptions(), task=task) == 3
+        assert tree(out) == expected, f"killed before operation {moment}"
+    assert killed > 40
 
 
 def test_killed_again_and_again_with_shards_in_any_order(tmp_path, manifest):

@@ -132,6 +132,31 @@ def test_what_cannot_be_had_is_refused_not_replaced(story, capsys):
     assert "exclude each other" in capsys.readouterr().err
 
 
+def test_text_settings_are_completed_sensibly_or_refused(tmp_path, model, capsys):
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
+    (tmp_path / "m.jsonl").write_text('{"id": "x", "image": "a.png"}\n')
+    fixed = ["--model", str(model), "--device", "cpu", "--kernel", "torch", "--threads", "1", "-q", "--batch-size", "1"]
+
+    def settings(*arguments: str) -> dict:
+        out = tmp_path / f"out{len(list(tmp_path.iterdir()))}"
+        assert main(["caption", str(tmp_path / "m.jsonl"), "--out", str(out), *fixed, *arguments]) == 0
+        return json.loads((out / "run.json").read_text())["settings"]
+
+    told = settings()  # a model of another name: the published defaults
+    assert [told[name]["value"] for name in ("beams", "max_new_tokens", "min_new_tokens")] == [5, 20, 7]
+    assert told["beams"]["origin"] == "task" and told["beams"]["value"] == 5
+    assert settings("--max-new-tokens", "3")["min_new_tokens"]["value"] == 3
+    assert settings("--min-new-tokens", "24")["max_new_tokens"]["value"] == 24
+    assert settings("--temperature", "0.7", "--top-p", "0.9")["beams"]["value"] == 1
+    command = ["caption", str(tmp_path / "m.jsonl"), "--out", str(tmp_path / "no"), *fixed, "--top-p", "0.9"]
+    assert main(command) == 2 and "--temperature" in capsys.readouterr().err
+
+
+def test_a_hub_id_without_a_network_is_refused_with_its_reason(capsys):
+    assert main(["model", "info", "nobody/nothing"]) == 1
+    assert "the hub does not give it" in capsys.readouterr().err
+
+
 def test_another_model_is_refused_by_its_weights_not_its_path(story, model, tmp_path, capsys):
     import shutil
 

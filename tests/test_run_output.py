@@ -136,6 +136,25 @@ def test_a_failing_item_does_not_take_its_batch_down(tmp_path):
     assert "/home" not in errors[0]["message"] and "7f00aa" not in errors[0]["message"]
 
 
+def test_a_fault_nobody_foresaw_while_reading_or_writing_is_that_rows_alone(tmp_path):
+    class Odd(StoryTask):
+        def read(self, row, loader):
+            if row.id == "s1":
+                raise ZeroDivisionError("reading")
+            return super().read(row, loader)
+
+        def output(self, job, filled, stem, image_size):
+            if job.row.id == "s3":
+                raise MemoryError
+            return super().output(job, filled, stem, image_size)
+
+    manifest = write(tmp_path / "m.jsonl", *stories(6))
+    assert go(manifest, tmp_path / "out", task=Odd()).failed == 2
+    errors = lines(tmp_path / "out/errors.jsonl")
+    assert [(error["id"], error["error"]) for error in errors] == [("s1", "generation_failed"), ("s3", "out_of_memory")]
+    assert [row["id"] for row in lines(tmp_path / "out/results.jsonl")] == ["s0", "s2", "s4", "s5"]
+
+
 def test_out_of_memory_reduces_only_the_failing_batch(tmp_path):
     class OutOfMemoryError(RuntimeError):  # as torch names it
         pass

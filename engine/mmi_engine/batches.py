@@ -24,19 +24,25 @@ class Engine(Protocol):
     """The model as the loop sees it.
 
     Attributes:
-        image_size: side in pixels of the pictures it makes.
+        image_size: side in pixels of the pictures it makes; input_side: no part of it sees more pixels of a given one.
         batch_size: items of one shape worked on together.
+        undecided: after `identity`, whether a sample would settle what ``auto`` should be.
     """
 
+    undecided: bool
     image_size: int
+    input_side: int
     batch_size: int
 
-    def identity(self, rows: int, recorded: dict[str, Any]) -> dict[str, Any]:
-        """Model fingerprint (``model``) and ``settings``: all that changes an item's output. Known before `load`.
+    def identity(
+        self, rows: int, recorded: dict[str, Any], sample: Callable[[], Job | None] | None = None
+    ) -> dict[str, Any]:
+        """Model fingerprint (``model``) and ``settings``: all that changes an item's output.
 
         Args:
             rows: rows of the manifest, whatever part of it is worked on.
             recorded: the identity of the run that is resumed, or {}; choices left to ``auto`` are taken from it.
+            sample: the manifest's first sound job, to try what ``auto`` should be.
         """
         ...
 
@@ -49,11 +55,14 @@ class Engine(Protocol):
         ...
 
     def shape(self, job: Job) -> Hashable:
-        """Items with equal shapes may share a batch. Called after `load`."""
+        """Items with equal shapes may share a batch. Called after `load`; raises ItemError where none can be made."""
         ...
 
     def fill(self, jobs: Sequence[Job], seeds: Sequence[int], batch_size: int) -> list[list[Piece]]:
-        """Values for all missing pieces, computed as if in a full batch of `batch_size` whatever `len(jobs)`."""
+        """Values for all missing pieces, computed as if in a full batch of `batch_size` whatever `len(jobs)`.
+
+        A job's further candidates and free pieces follow its own pieces.
+        """
         ...
 
 
@@ -107,11 +116,13 @@ def attempt(
         yield job, pieces, reduced
 
 
-def buckets(jobs: Iterable[Job], shape: Any, batch_size: int) -> Iterator[list[Job]]:
-    """Batches of equal shape, in the order in which they fill up; reads ahead `WINDOW` batches at most."""
+def buckets(jobs: Iterable[tuple[Job, Hashable]], batch_size: int) -> Iterator[list[Job]]:
+    """Jobs with their shapes as batches of equal shape, in the order in which these fill up.
+
+    At most `WINDOW` batches' worth of jobs wait.
+    """
     waiting: dict[Hashable, list[Job]] = {}
-    for job in jobs:
-        key = shape(job)
+    for job, key in jobs:
         bucket = waiting.setdefault(key, [])
         bucket.append(job)
         if len(bucket) == batch_size:

@@ -7,17 +7,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mmi_engine.data.images import ImageLoader
 from mmi_engine.data.manifest import Manifest, Row
+from mmi_engine.data.maps import Palette
 from mmi_engine.errors import ItemError, RowError
-from mmi_engine.tasks import StoryTask, Task
-
-# Fields that hold one image reference, and fields that hold a list of them (interface: manifest rows).
-ONE_IMAGE = ("image", "segmentation")
-TEXTS = ("prompt", "question", "expression", "caption")
+from mmi_engine.tasks import CaptionTask, GroundTask, Seg2ImgTask, StoryTask, T2iTask, Task, VqaTask
 
 
 @dataclass
@@ -79,31 +76,51 @@ def check(
     return report
 
 
+def task_named(name: str) -> Task:
+    """The task of a command, with its default options."""
+    if name == "seg2img":
+        return Seg2ImgTask(Palette.find("toon"))
+    made: dict[str, Callable[[], Task]] = {
+        "caption": CaptionTask,
+        "vqa": VqaTask,
+        "ground": GroundTask,
+        "t2i": T2iTask,
+        "story": StoryTask,
+    }
+    return made[name]()
+
+
+def task_of(data: dict[str, Any]) -> Task:
+    """The command whose row this looks like.
+
+    Raises:
+        RowError: no field that a command reads (`bad_row`).
+    """
+    for name, task in _BY_FIELD.items():
+        if data.get(name) is not None:
+            return task()
+    raise RowError("no field that a command reads", remedy="see the manifest rows in the README", code="bad_row")
+
+
+# The first field that a row has decides.
+_BY_FIELD: dict[str, Callable[[], Task]] = {
+    "frames": StoryTask,
+    "messages": StoryTask,
+    "segmentation": lambda: task_named("seg2img"),
+    "expression": GroundTask,
+    "question": VqaTask,
+    "options": VqaTask,
+    "prompt": T2iTask,
+    "image": CaptionTask,
+    "images": CaptionTask,
+}
+
+
 def _look(row: Row, task: Task | None, loader: ImageLoader) -> tuple[int, int]:
     """(images loaded, pieces to generate) of one row; raises ItemError."""
-    if task is None and not ({"frames", "messages"} & row.data.keys()):
-        return _look_any(row, loader), 0
-    pieces = (task or StoryTask()).read(row, loader).pieces
-    missing = sum(piece.value is None for piece in pieces)
-    return sum(piece.kind == "image" and piece.value is not None for piece in pieces), missing
-
-
-def _look_any(row: Row, loader: ImageLoader) -> int:
-    """Rows of the one-image commands: load what they name, check what they say."""
-    data = row.data
-    references: list[Any] = [data[key] for key in ONE_IMAGE if data.get(key) is not None]
-    for key in ("images", "shots"):
-        value = data.get(key)
-        if value is None:
-            continue
-        if not isinstance(value, list):
-            raise RowError(f'"{key}" must be a list', code="bad_row")
-        references += value if key == "images" else [shot.get("image") for shot in value if isinstance(shot, dict)]
-    for key in TEXTS:
-        if data.get(key) is not None and not isinstance(data[key], str):
-            raise RowError(f'"{key}" must be a string', code="bad_row")
-    if not references and not any(data.get(key) for key in TEXTS):
-        raise RowError("no field that a command reads", remedy="see the manifest rows in the README", code="bad_row")
-    for reference in references:
-        loader.load(reference)
-    return len(references)
+    if task is None and isinstance(row.data.get("messages"), list):  # answered chats are sound too: training data
+        row = replace(row, data={**row.data, "messages": [*row.data["messages"], {"role": "assistant"}]})
+    job = (task or task_of(row.data)).read(row, loader)
+    given = sum(piece.kind == "image" and piece.value is not None for piece in job.pieces)
+    missing = sum(piece.value is None for piece in job.pieces)
+    return given, missing - 1 + job.candidates

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from mmi_engine import versions
-from mmi_engine.errors import BackendError, DeviceError, UsageError
+from mmi_engine.data.manifest import item_seed
+from mmi_engine.errors import BackendError, DeviceError, ItemError, UsageError
 from mmi_engine.tasks import Job, Piece
 
 log = logging.getLogger(__name__)
@@ -34,6 +35,7 @@ class Choices:
         kernel: ``auto``, ``cuda``, ``torch``, ``numba``.
         threads, batch_size: numbers or None.
         fast: the model's quick steps and guidance.
+        decoding: key of `tasks.prompts.DECODING`: the task's own settings, below `settings`.
         settings: field of `generate.settings.Settings` → value, only those that were named.
         origins: option → where its value comes from.
     """
@@ -45,6 +47,7 @@ class Choices:
     threads: int | None = None
     batch_size: int | None = None
     fast: bool = False
+    decoding: str | None = None
     local_rank: int = 0
     settings: dict[str, Any] = field(default_factory=dict)
     origins: dict[str, str] = field(default_factory=dict)
@@ -64,15 +67,20 @@ class ModelEngine:
     def __init__(self, choices: Choices, notice: Callable[[str], None] | None = None) -> None:
         self.choices = choices
         self.notice = notice or (lambda text: None)
-        self.image_size = 0
+        self.image_size = self.input_side = 0
         self.batch_size = 1
+        self.undecided = False
         self.resolved: dict[str, Any] = {}
         self._directory = Path()
         self._device = "cpu"
         self._settings: Any = None
         self._model: Any = None
+        self._clip: Any = None
+        self._probing = False
 
-    def identity(self, rows: int, recorded: dict[str, Any]) -> dict[str, Any]:
+    def identity(
+        self, rows: int, recorded: dict[str, Any], sample: Callable[[], Job | None] | None = None
+    ) -> dict[str, Any]:
         """Model fingerprint and definite settings; see `Engine.identity`."""
         from mmi_engine.model.config import ModelConfig
         from mmi_engine.model_info import fingerprint, locate
@@ -80,12 +88,15 @@ class ModelEngine:
         self._directory = locate(self.choices.model)
         config = ModelConfig.load(self._directory)
         self.image_size = config.image_decoder.vae.image_size
+        self.input_side = max(self.image_size, config.vision.image_size)
         before = recorded.get("settings", {})
         self._device = self._resolve_device()
         kind = self._device.split(":")[0]
         dtype = self._resolve_dtype(kind)
-        self.batch_size = self.choices.batch_size or before.get("batch_size") or max(1, min(rows, AUTO_BATCH[kind]))
-        generation = self._resolve_generation(config.generation)
+        known = self.choices.batch_size or before.get("batch_size")
+        self.batch_size = known or max(1, min(rows, AUTO_BATCH[kind]))
+        self.undecided = known is None and self.batch_size > 1 and sample is None
+        generation = self._resolve_generation(config)
         self.resolved = {
             "device": kind,
             "dtype": dtype,
@@ -94,18 +105,63 @@ class ModelEngine:
             "batch_size": self.batch_size,
             **generation,
         }
+        if known is None and self.batch_size > 1 and sample is not None:
+            self._probe(sample())
         return {"model": fingerprint(self._directory), "settings": dict(self.resolved)}
+
+    def _probe(self, job: Job | None) -> None:
+        """Settle ``--batch-size auto`` by running the first item; see `probe.py`."""
+        if job is None:
+            return
+        from mmi_engine.probe import CudaMeter, HostMeter, choose
+
+        self._probing = True
+        self.load()
+        full, bound = self._settings, self.batch_size
+        short = min(4, full.max_new_tokens)
+        self._settings = replace(full, steps=1, max_new_tokens=short, min_new_tokens=min(full.min_new_tokens, short))
+        meter = HostMeter() if self._device == "cpu" else CudaMeter(self._device)
+        single = self._last_piece_of(job)
+        try:
+            size = choose(lambda size: self._try(single, size), bound, meter)
+        finally:
+            self._settings = full
+        self.batch_size = self.resolved["batch_size"] = size
+        self.notice(f"batch size {size} (auto: at most {bound} here, and what the first item leaves room for)")
+
+    def _last_piece_of(self, job: Job) -> Job:
+        """The job with all missing pieces but the last filled in: that one has the longest context."""
+        from PIL import Image
+
+        missing = [index for index, piece in enumerate(job.pieces) if piece.value is None]
+        blank = {"text": "", "image": Image.new("RGB", (self.image_size, self.image_size), (128, 128, 128))}
+        pieces = [
+            replace(piece, value=blank[piece.kind]) if index in missing[:-1] else piece
+            for index, piece in enumerate(job.pieces)
+        ]
+        return replace(job, pieces=pieces, free=0 if missing else min(job.free, 1), candidates=1, rank=None)
+
+    def _try(self, job: Job, size: int) -> None:
+        """The sample in a batch of `size`; a fault of the item is none of the probe's."""
+        try:
+            self.fill([job], [0], size)
+        except (ItemError, FloatingPointError):
+            log.debug("the probe's item fails", exc_info=True)
 
     def record(self) -> dict[str, Any]:
         """Settings with their origin, model and versions, for run.json. Call after `identity`."""
         chosen = self.choices.origins
         settings = {
-            name: {"value": value, "origin": chosen.get(name, "model" if name in self._from_model else "default")}
+            name: {"value": value, "origin": chosen.get(name, self._default_of(name))}
             for name, value in self.resolved.items()
         }
         return {"model": self.choices.model, "settings": settings, "versions": versions.versions()}
 
     _from_model: frozenset[str] = frozenset({"steps", "guidance", "scheduler"})
+    _from_task: frozenset[str] = frozenset()
+
+    def _default_of(self, name: str) -> str:
+        return "model" if name in self._from_model else "task" if name in self._from_task else "default"
 
     def _resolve_device(self) -> str:
         import torch
@@ -139,11 +195,28 @@ class ModelEngine:
         except KernelUnavailable as error:
             raise BackendError(str(error)) from error
 
-    def _resolve_generation(self, defaults: Any) -> dict[str, Any]:
+    def _resolve_generation(self, config: Any) -> dict[str, Any]:
         """Every field of Settings with a definite value; also sets `_settings`."""
         from mmi_engine.generate.settings import Settings
+        from mmi_engine.model_info import family_of
+        from mmi_engine.tasks.prompts import decoding
 
+        defaults, key = config.generation, self.choices.decoding
+        own = decoding(key, family_of(config.name)) if key else {}
+        self._from_task = frozenset(own)
+        named = self.choices.settings
+        if named.get("temperature", 0) > 0 and "beams" not in named:
+            own.pop("beams", None)  # who asks for sampling does not want the task's beams
+        if named.get("beams", 1) > 1 and "temperature" not in named:
+            own.pop("temperature", None)
+        if "max_new_tokens" in named:
+            own["min_new_tokens"] = min(own.get("min_new_tokens", 0), named["max_new_tokens"])
+        elif "min_new_tokens" in named and "max_new_tokens" in own:
+            own["max_new_tokens"] = max(own["max_new_tokens"], named["min_new_tokens"])
+        if named.get("top_p", 1.0) < 1.0 and not (named.get("temperature") or own.get("temperature")):
+            raise UsageError("--top-p needs sampled text", remedy="add --temperature 1")
         chosen = {
+            **own,
             "steps": defaults.fast_steps if self.choices.fast else defaults.steps,
             "guidance": defaults.fast_guidance if self.choices.fast else defaults.guidance,
             "scheduler": defaults.scheduler,
@@ -157,7 +230,9 @@ class ModelEngine:
         return {name: getattr(self._settings, name) for name in sorted(known)}
 
     def load(self) -> None:
-        """Read the weights onto the device."""
+        """Read the weights onto the device; once."""
+        if self._model is not None:
+            return
         from mmi_engine.model.checkpoint import load_model
         from mmi_engine.runtime import tune_cpu
 
@@ -166,43 +241,79 @@ class ModelEngine:
         threads = f", {resolved['threads']} threads" if resolved["device"] == "cpu" else ""
         self.notice(
             f"{self.choices.model} on {self._device}, {resolved['dtype']}, kernel {resolved['kernel']}{threads}, "
-            f"batch size {self.batch_size}"
+            f"batch size {'to be tried' if self._probing else self.batch_size}"
         )
         self._model = load_model(self._directory, device=self._device, dtype=_torch_dtype(resolved["dtype"]))
         self._model.set_backend(resolved["kernel"])
 
     def shape(self, job: Job) -> Hashable:
-        """Kind, padded context length and images before every missing piece; a text yet to be made counts as empty."""
+        """Kind, padded context length and images before every missing piece; a text yet to be made counts as empty.
+
+        Raises:
+            TextTooLongError: it is clear already that the item does not fit.
+        """
         from mmi_engine import sequence
-        from mmi_engine.generate.interleave import padded
+        from mmi_engine.generate.interleave import check_room, padded
 
         config = self._model.config
         known = [sequence.Piece(piece.kind, piece.value or "") for piece in job.pieces]
-        shape: list[Hashable] = [job.free]
+        shape: list[Hashable] = [job.free, job.candidates]
         for index, piece in enumerate(job.pieces):
             if piece.value is None:
                 before = sequence.tokenize(known[:index], self._model.tokenizer, config.tokens, config.tokens_per_image)
                 images = sum(earlier.kind == "image" for earlier in known[:index])
-                shape.append((piece.kind, padded(len(before.ids) + (piece.kind == "image")), images))
+                kind = "options" if piece.options else piece.kind
+                length = len(before.ids) + (piece.kind == "image")
+                check_room(config, index, length + (self._settings.max_new_tokens if kind == "text" else 0), images)
+                shape.append((kind, padded(length), images))
         return tuple(shape)
 
     def fill(self, jobs: Sequence[Job], seeds: Sequence[int], batch_size: int) -> list[list[Piece]]:
-        """See `Engine.fill`."""
+        """See `Engine.fill`: every candidate is a document of its own, from a seed of its own."""
         import torch
 
         from mmi_engine import sequence
         from mmi_engine.generate import interleave
 
-        items = [[sequence.Piece(piece.kind, piece.value) for piece in job.pieces] for job in jobs]
+        items, item_seeds, free = [], [], []
+        for job, seed in zip(jobs, seeds, strict=True):
+            for number in range(job.candidates):
+                items.append([sequence.Piece(piece.kind, piece.value, piece.options) for piece in job.pieces])
+                item_seeds.append(seed if number == 0 else item_seed(seed, f"candidate {number}"))
+                free.append(job.free)
         try:
             with torch.no_grad():
-                filled = interleave.fill(
-                    self._model, items, list(seeds), self._settings, batch_size, [job.free for job in jobs]
-                )
+                filled = interleave.fill(self._model, items, item_seeds, self._settings, batch_size, free)
+                made = [[Piece(p.kind, p.value, p.options, p.scores) for p in item] for item in filled]
+                return self._gather(jobs, made, batch_size)
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
             raise
-        return [[Piece(piece.kind, piece.value) for piece in item] for item in filled]
+
+    def _gather(self, jobs: Sequence[Job], made: list[list[Piece]], batch_size: int) -> list[list[Piece]]:
+        """One list of pieces per job: its own, then the further candidates, with the scores that rank them."""
+        gathered = []
+        for job in jobs:
+            documents, made = made[: job.candidates], made[job.candidates :]
+            if job.candidates == 1:
+                gathered.append(documents[0])
+                continue
+            pictures = [document[-1] for document in documents]
+            if job.rank is not None:
+                scores = self._rank(job, [piece.value for piece in pictures], batch_size)
+                pictures = [replace(piece, scores=(score,)) for piece, score in zip(pictures, scores, strict=True)]
+            gathered.append([*documents[0][:-1], *pictures])
+        return gathered
+
+    def _rank(self, job: Job, pictures: list[Any], batch_size: int) -> list[float]:
+        from mmi_engine.generate.interleave import Maker
+        from mmi_engine.generate.rank import ClipScorer, caption_scores
+
+        if job.rank == "self":
+            return caption_scores(Maker(self._model, self._settings, batch_size), pictures, job.note)
+        if self._clip is None:
+            self._clip = ClipScorer(str(job.rank), self._device)
+        return list(self._clip.scores(pictures, job.note))
 
 
 def _torch_dtype(name: str) -> Any:

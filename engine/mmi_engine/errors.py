@@ -14,10 +14,10 @@
     ├── StoppedError               stopped          3   the first failing item ended a run (`--on-error stop`)
     ├── Interrupted                interrupted      130 Ctrl-C; everything finished so far is on disk
     └── ItemError                  (own code)       3   one manifest row cannot be done; the others go on
-        ├── RowError               bad_row, bad_json, bad_encoding, duplicate_id, bad_id, …
-        ├── ImageError             image_not_found, image_unreadable, image_too_large, url_refused, …
+        ├── RowError               bad_row, bad_json, bad_encoding, duplicate_id, bad_id, no_prompt, bad_options, …
+        ├── ImageError             image_not_found, image_unreadable, image_too_large, url_refused, bad_map, …
         ├── TextTooLongError       text_too_long
-        └── GenerationError        generation_failed, out_of_memory, not_finite
+        └── GenerationError        generation_failed, out_of_memory, not_finite, no_box
 
 `code` is short and stable: it is what `errors.jsonl` and `--log-format json` show and what scripts
 may compare. `exit_code` is what the process returns when the error ends it. `remedy` is the sentence that

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import json
 import urllib.parse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from html import escape
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from mmi_engine.data.manifest import Row
 from mmi_engine.tasks import Panel, Task
 
 ITEMS_PER_PAGE = 200
@@ -23,7 +24,8 @@ ERRORS_PER_PAGE = 500  # shown on the first page; all are in errors.jsonl
 STYLE = """
 :root { color-scheme: light dark;
   --paper: #faf7f2; --card: #fffdf9; --ink: #2b2620; --soft: #857a6c; --line: #e6dfd3;
-  --made: #b4531f; --made-soft: #fbeee4; --bad: #a3262a; --shade: 0 1px 2px #3a2d1a14, 0 6px 20px #3a2d1a0d; }
+  --made: #b4531f; --made-soft: #fbeee4; --bad: #a3262a; --box: #d81f2a;
+  --shade: 0 1px 2px #3a2d1a14, 0 6px 20px #3a2d1a0d; }
 @media (prefers-color-scheme: dark) { :root {
   --paper: #171513; --card: #211e1b; --ink: #ece5da; --soft: #9a8f80; --line: #37322c;
   --made: #f0a06c; --made-soft: #33261c; --bad: #f08a86; --shade: 0 1px 2px #0006; } }
@@ -36,17 +38,23 @@ h1 { margin: 0 0 6px; font: 600 34px/1.15 "Iowan Old Style", "Palatino Linotype"
 header p { margin: 0; color: var(--soft); }
 .key { display: inline-block; padding: 0 9px; border-radius: 99px; border: 1px solid var(--line); font-size: 13px; }
 .key.made { border-color: var(--made); color: var(--made); background: var(--made-soft); }
-.item { margin: 26px 0; padding: 18px clamp(14px, 2vw, 24px) 22px; background: var(--card); border-radius: 14px;
+.items { display: grid; grid-template-columns: repeat(auto-fill, minmax(236px, 1fr)); gap: 22px; margin: 26px 0; }
+.item { padding: 18px clamp(14px, 2vw, 24px) 22px; background: var(--card); border-radius: 14px;
   border: 1px solid var(--line); box-shadow: var(--shade); }
 .item h2 { display: flex; flex-wrap: wrap; gap: 4px 14px; align-items: baseline; margin: 0 0 14px; font-size: 16px;
   font-weight: 600; overflow-wrap: anywhere; }
 .item h2 a { color: inherit; text-decoration: none; }
 .item h2 a:hover { text-decoration: underline; }
 .item h2 small { color: var(--soft); font-weight: 400; font-size: 13px; }
-.strip { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 208px), 1fr)); gap: 18px; }
+.two { grid-column: span 2; }
+.wide { grid-column: 1 / -1; }
+.strip { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 178px), 1fr)); gap: 18px; }
 figure { margin: 0; min-width: 0; }
 figure .picture { position: relative; display: block; border-radius: 10px; overflow: hidden; background: var(--line); }
 figure img { display: block; width: 100%; height: auto; aspect-ratio: 1; object-fit: contain; }
+figure .whole img { aspect-ratio: auto; }
+figure .box { position: absolute; border: 2px solid var(--box); border-radius: 2px;
+  box-shadow: 0 0 0 1.5px #fff, inset 0 0 0 1.5px #fff; }
 figure.made .picture { box-shadow: 0 0 0 3px var(--card), 0 0 0 5px var(--made); }
 figure .tag { margin: 9px 0 0; font-size: 12px; letter-spacing: .02em; color: var(--soft); }
 figure.made .tag { color: var(--made); }
@@ -66,36 +74,61 @@ td code { color: var(--bad); white-space: nowrap; }
 td:first-child { white-space: nowrap; color: var(--soft); font-variant-numeric: tabular-nums; }
 footer { padding-top: 8px; padding-bottom: 44px; color: var(--soft); font-size: 13px; }
 footer a { color: inherit; }
-@media (max-width: 560px) { .strip { grid-template-columns: repeat(auto-fill, minmax(132px, 1fr)); gap: 14px; } }
+@media (max-width: 560px) { .two { grid-column: 1 / -1; }
+  .strip { grid-template-columns: repeat(auto-fill, minmax(132px, 1fr)); gap: 14px; } }
 @media print { .item { break-inside: avoid; box-shadow: none; } }
 """
 
 MADE = ' class="made"'
 
 TITLES = {
+    "caption": ("Captions", "picture", "pictures"),
+    "vqa": ("Questions and answers", "question", "questions"),
+    "ground": ("Expressions and boxes", "expression", "expressions"),
+    "t2i": ("Pictures from text", "prompt", "prompts"),
+    "seg2img": ("Pictures from maps", "map", "maps"),
     "story": ("Stories", "story", "stories"),
 }
 
 
-def pages(task: Task, results: Path, errors: Path) -> Iterator[tuple[str, str]]:
+def pages(
+    task: Task,
+    results: Path,
+    errors: Path,
+    *,
+    rows: Iterable[Row] = (),
+    copies: Callable[[str], Sequence[str]] = lambda item_id: (),
+) -> Iterator[tuple[str, str]]:
     """The gallery's pages, one in memory at a time.
 
     Args:
         task: turns a result row into panels.
         results, errors: the merged files of a finished run.
+        rows: the sound rows of the manifest, in order: what the items were asked.
+        copies: item id → small copies of its given pictures, paths relative to the pages.
 
     Yields:
         (file name, HTML): ``index.html``, then ``index-2.html`` and so on; at least one.
     """
     total, failed = _count(results), _count(errors)
     count = max(1, -(-total // ITEMS_PER_PAGE))
+    asked = iter(rows)
     with results.open("rb") as stream:
         for number in range(1, count + 1):
-            rows = [json.loads(raw) for raw in islice(stream, ITEMS_PER_PAGE)]
-            items = "\n".join(_item(row, task.panels(row)) for row in rows)
+            made = [json.loads(raw) for raw in islice(stream, ITEMS_PER_PAGE)]
+            items = "\n".join(
+                _item(result, task.panels(result, _data_of(result["id"], asked), copies(result["id"])))
+                for result in made
+            )
+            listed = f'<div class="items">\n{items}\n</div>' if items else ""
             table = _error_table(errors, failed) if number == 1 and failed else ""
             nav = _nav(number, count)
-            yield _page_name(number), _page(task.name, total, failed, f"{nav}\n{items}\n{table}\n{nav}")
+            yield _page_name(number), _page(task.name, total, failed, f"{nav}\n{listed}\n{table}\n{nav}")
+
+
+def _data_of(item_id: str, rows: Iterator[Row]) -> dict[str, Any]:
+    """The manifest row of an item; `rows` moves on, as results are in manifest order."""
+    return next((row.data for row in rows if row.id == item_id), {})
 
 
 def _count(path: Path) -> int:
@@ -145,7 +178,8 @@ def _nav(number: int, count: int) -> str:
 def _item(row: dict[str, Any], panels: list[Panel]) -> str:
     anchor = urllib.parse.quote(row["id"], safe="")
     figures = "\n".join(_figure(panel) for panel in panels)
-    return f"""<section class="item" id="{anchor}">
+    size = {0: "", 1: "", 2: " two"}.get(len(panels), " wide")
+    return f"""<section class="item{size}" id="{anchor}">
 <h2><a href="#{urllib.parse.quote(anchor)}">{escape(row["id"])}</a><small>seed {row["seed"]}</small></h2>
 <div class="strip">
 {figures}
@@ -158,11 +192,20 @@ def _figure(panel: Panel) -> str:
     if panel.image is not None:
         source = escape(urllib.parse.quote(panel.image))
         alt = escape(" ".join(text for text, _ in panel.texts) or "picture")
-        parts.append(f'<a class="picture" href="{source}"><img src="{source}" alt="{alt}" loading="lazy"></a>')
-        parts.append(f'<p class="tag">{"made by the model" if panel.image_generated else "given"}</p>')
+        kind, box = ("picture whole", _box(panel.box)) if panel.box else ("picture", "")
+        parts.append(f'<a class="{kind}" href="{source}"><img src="{source}" alt="{alt}" loading="lazy">{box}</a>')
+        tag = panel.tag or ("made by the model" if panel.image_generated else "given")
+        parts.append(f'<p class="tag">{escape(tag)}</p>')
     for text, made in panel.texts:
         parts.append(f"<figcaption{MADE if made else ''}>{escape(text)}</figcaption>")
     return f"<figure{MADE if panel.image_generated else ''}>{''.join(parts)}</figure>"
+
+
+def _box(box: tuple[float, float, float, float]) -> str:
+    """A frame over the picture, in percent of it."""
+    left, top, right, bottom = (min(max(value, 0.0), 1.0) * 100 for value in box)
+    place = f"left:{left:.2f}%;top:{top:.2f}%;width:{right - left:.2f}%;height:{bottom - top:.2f}%"
+    return f'<span class="box" style="{place}"></span>'
 
 
 def _error_table(errors: Path, failed: int) -> str:

@@ -125,6 +125,21 @@ def guard(directory: Path) -> Iterator[None]:
         handle.close()
 
 
+@contextlib.contextmanager
+def settle(directory: Path) -> Iterator[None]:
+    """Held while a run decides what ``auto`` comes to. Waits for its turn."""
+    state = directory / STATE_DIR
+    handle = _open_locked(state / "settle", wait=True)
+    assert handle is not None
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            (state / "settle").unlink()
+            state.rmdir()  # where nothing else is at work
+        handle.close()
+
+
 class PartLock:
     """The lock of a part; taken and released under the guard."""
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,12 +57,47 @@ def locate(name: str) -> Path:
         ModelError: neither, or one that misses a file.
     """
     directory = Path(__file__).parent / "toon" / "weights" if name == "toon" else Path(name)
+    if not directory.is_dir() and re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not directory.parent.is_dir():
+        directory = _from_hub(name)
     if not directory.is_dir():
         raise ModelError(f'model "{name}" not found', remedy="name a model directory, or toon for the embedded model")
     for needed in ("config.json", "*.safetensors"):
         if not any(directory.glob(needed)):
             raise ModelError(f'model "{name}" holds no {needed}', remedy="restore the model directory")
     return directory
+
+
+def _from_hub(name: str) -> Path:
+    """A model directory of the Hugging Face hub, from the local cache where it is there already."""
+    from huggingface_hub import snapshot_download
+
+    wanted = ["config.json", "*.safetensors", "tokenizer.json", "tokenizer.model"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=wanted))
+    except Exception as error:  # the library raises its own, httpx's and OS errors
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(
+            f'model "{name}" is no directory, and the hub does not give it: {first}',
+            remedy="name a model directory, or toon for the embedded model",
+        ) from error
+
+
+def family_of(name: str) -> str:
+    """``toon`` for the embedded model and what was trained from it, else ``released``; by the configuration's name."""
+    return "toon" if name.startswith("toon") else "released"
+
+
+def family(name: str) -> str:
+    """Family of a model by embedded name or path: whose prompts and lengths it knows.
+
+    Raises:
+        ModelError: it is not there, or has no readable configuration.
+    """
+    path = locate(name) / "config.json"
+    try:
+        return family_of(str(json.loads(path.read_text(encoding="utf-8"))["name"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ModelError(f"{path} cannot be read", remedy="restore the model directory") from None
 
 
 def weight_files(directory: Path) -> list[Path]:

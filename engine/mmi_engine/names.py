@@ -15,7 +15,7 @@ import re
 MAX_STEM = 100
 _PLAIN = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9._+=@ -]*[A-Za-z0-9_+=@-])?", re.ASCII)
 _DEVICES = {"con", "prn", "aux", "nul"} | {f"{port}{digit}" for port in ("com", "lpt") for digit in range(10)}
-_OWN = re.compile(r"(results|errors)(-.*)?\.jsonl|(run|metrics)\.json|index(-\d+)?\.html", re.ASCII)
+_OWN = re.compile(r"(results|errors)(-.*)?\.jsonl|(run|metrics)\.json|index(-\d+)?\.html|index_files", re.ASCII)
 
 
 def safe_stem(item_id: str) -> str:

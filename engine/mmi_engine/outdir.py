@@ -17,19 +17,22 @@ import contextlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from mmi_engine.copies import COPIES, write_copies
 from mmi_engine.errors import OutputError, OutputMismatchError
-from mmi_engine.locks import STATE_DIR, Part, PartLock, guard, live_parts
+from mmi_engine.locks import STATE_DIR, Part, PartLock, guard, live_parts, settle
 from mmi_engine.rows import RowIndex, differences, encode, media_of, parse
 
 if TYPE_CHECKING:
     from PIL import Image
 
 RESULTS, ERRORS, RUN = "results", "errors", "run.json"
+SYNC_EVERY_S = 0.5  # rows of the last moments may be lost in a power cut; they are then made again
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +66,7 @@ class OutputDir:
         self._files = {kind: directory / f"{kind}{suffix}.jsonl" for kind in (RESULTS, ERRORS)}
         self._streams: dict[str, IO[bytes]] = {}
         self._held = False
+        self._synchronised = time.monotonic()
         self.done = RowIndex("id")
         self.failed = RowIndex("line")
 
@@ -106,6 +110,17 @@ class OutputDir:
                     self._streams[kind] = path.open("ab")
                 self._scratch.mkdir(parents=True, exist_ok=True)
 
+    @contextlib.contextmanager
+    def settling(self) -> Iterator[None]:
+        """Held while ``auto`` choices are made: parts that start together wait and take over the first one's."""
+        with _disk(self.directory):
+            self.directory.mkdir(parents=True, exist_ok=True)
+            with settle(self.directory):
+                yield
+
+    def expect(self, lines: Iterable[int]) -> None:
+        """The manifest lines to come; a directory does not mind their order."""
+
     def _check_identity(self, identity: dict[str, Any], overwrite: bool) -> bool:
         """True when run.json is there with the same identity, False for a directory to begin in."""
         there = self.read_run().get("identity")
@@ -134,6 +149,7 @@ class OutputDir:
             index.add_file(path, repair=False)
         for raw in index.read(index):
             self.remove_media(media_of(json.loads(raw)))
+        shutil.rmtree(self.directory / COPIES, ignore_errors=True)
         for pattern in ("results*.jsonl", "errors*.jsonl", "index*.html", RUN):
             for path in self.directory.glob(pattern):
                 path.unlink()
@@ -163,14 +179,19 @@ class OutputDir:
 
     # -- committing -------------------------------------------------------------------------------------------------
 
-    def commit(self, row: dict[str, Any], media: dict[str, Image.Image]) -> None:
-        """Write an item's media, then its row; on return both are on disk.
+    def commit(
+        self, row: dict[str, Any], media: dict[str, Image.Image], copies: dict[str, bytes], line: int = 0
+    ) -> None:
+        """Write an item's media, then its row; on return both survive a kill.
 
         Args:
             row: the result row with its ``id``.
             media: path relative to the directory → RGB picture, written as PNG.
+            copies: see `copies.py`; what no row needs is swept away with the gallery.
+            line: of the manifest.
         """
         with _disk(self.directory):
+            write_copies(self.directory, self._scratch, copies)
             if media:
                 pending = json.dumps({"id": row["id"], "media": sorted(media)}) + "\n"
                 _write_file(self._pending, pending.encode())
@@ -197,7 +218,15 @@ class OutputDir:
     def _append(self, kind: str, row: dict[str, Any]) -> None:
         stream = self._streams[kind]
         stream.write(encode(row))
-        _flush(stream)
+        stream.flush()  # safe from a kill of this process; from a power cut, once it is synchronised
+        if time.monotonic() - self._synchronised > SYNC_EVERY_S:
+            self._synchronise()
+
+    def _synchronise(self) -> None:
+        for stream in self._streams.values():
+            if not stream.closed:
+                _flush(stream)
+        self._synchronised = time.monotonic()
 
     def remove_media(self, names: Iterable[str]) -> None:
         """Delete media files and the folders they leave empty. Names come from this program's own rows."""
@@ -264,6 +293,7 @@ class OutputDir:
             self._index(live_parts_besides(self.directory, self.part))
             if not self.part.whole and any(self.is_open(entry) for entry in order):
                 return False
+            self._synchronise()
             for stream in self._streams.values():
                 stream.close()
             final = {kind: self.directory / f"{kind}.jsonl" for kind in (RESULTS, ERRORS)}
@@ -275,12 +305,21 @@ class OutputDir:
                     path.unlink()
             return True
 
+    def complete(self, entries: Iterable[Entry]) -> tuple[bool, bool]:
+        """Whether nothing is left to do of these rows, whoever did it; and whether others are at work."""
+        with _disk(self.directory), guard(self.directory):
+            others = live_parts_besides(self.directory, self.part)
+            self._index(others)
+        return not any(self.is_open(entry) for entry in entries), bool(others)
+
     def is_open(self, entry: Entry) -> bool:
         """Whether a row still has to be worked on, going by the rows indexed last."""
         return entry.line not in self.failed and not (entry.sound and entry.id in self.done)
 
     def close(self) -> None:
         """Give the part back. Called at the end of every run, also a failed one."""
+        with contextlib.suppress(OSError):
+            self._synchronise()
         for stream in self._streams.values():
             with contextlib.suppress(OSError):
                 stream.close()

@@ -11,99 +11,41 @@ finished directory is in manifest order. Nothing here knows a tensor: the model 
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import resource
-import signal
 import sys
 import time
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Generator, Hashable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from mmi_engine import gallery
-from mmi_engine.batches import Engine, attempt, buckets
-from mmi_engine.data.images import ImageLoader
+from mmi_engine.ahead import Writer, ahead
+from mmi_engine.batches import Engine, as_item_error, attempt, buckets
+from mmi_engine.copies import copies_of, copy_name, sweep_copies
+from mmi_engine.data.images import ImageLoader, shrink, small_copy
 from mmi_engine.data.manifest import Manifest, Row, item_seed
 from mmi_engine.errors import GenerationError, Interrupted, ItemError, StoppedError
-from mmi_engine.locks import Part
+from mmi_engine.interrupt import Interrupt
 from mmi_engine.names import Stems
 from mmi_engine.outdir import Entry, OutputDir
+from mmi_engine.plan import Reporter, RunOptions, Summary, select
+from mmi_engine.stream import StreamOut
 from mmi_engine.tasks import Job, Piece, Task
 
-log = logging.getLogger(__name__)
+__all__ = ["Reporter", "RunOptions", "Summary", "run", "select"]
 
-
-class Reporter(Protocol):
-    """Who is told about progress; `mmi_cli.console` in the command line."""
-
-    def begin(self, total: int, done: int) -> None:
-        """The selection has `total` items, `done` of them from before."""
-        ...
-
-    def item(self, place: str, error: ItemError | None) -> None:
-        """One more item is on disk; `place` is ``manifest:line``."""
-        ...
-
-    def notice(self, text: str) -> None:
-        """Something worth a line."""
-        ...
-
-
-@dataclass(frozen=True)
-class RunOptions:
-    """How to run; none of it but `seed` changes an item's output.
-
-    Attributes:
-        seed: the run's seed, ≥ 0.
-        part: share of the manifest.
-        limit: only the first N rows of the selection.
-        ids: only rows with these ids.
-        overwrite, retry_errors, stop_on_error, gallery: as the options of these names.
-        origins: option → where its value comes from, for run.json.
-    """
-
-    seed: int = 0
-    part: Part = field(default_factory=Part)
-    limit: int | None = None
-    ids: frozenset[str] | None = None
-    overwrite: bool = False
-    retry_errors: bool = False
-    stop_on_error: bool = False
-    gallery: bool = True
-    origins: dict[str, str] = field(default_factory=dict)
-
-
-@dataclass
-class Summary:
-    """What a run came to.
-
-    Attributes:
-        total: selected rows; done and failed are those on disk at the end, whoever made them.
-        new: items finished by this process.
-        errors: error code → count among the selected rows that failed in this process.
-        merged: whether the directory is in its final form.
-    """
-
-    total: int = 0
-    done: int = 0
-    failed: int = 0
-    new: int = 0
-    errors: Counter[str] = field(default_factory=Counter)
-    merged: bool = False
-
-    @property
-    def exit_code(self) -> int:
-        """0 all done, 3 some failed."""
-        return 3 if self.failed else 0
+LAUNCH_GRACE_S = 60.0  # how long a process that has failed items waits for others that it does not see
+MAX_AHEAD_BYTES = 2**30  # of pictures that are read ahead
+MAX_COPIES = 12  # given pictures of one item that the gallery shows
 
 
 def run(
     task: Task,
     manifest: Manifest,
-    directory: Path,
+    target: Path | StreamOut,
     engine: Engine,
     options: RunOptions,
     *,
@@ -114,7 +56,7 @@ def run(
 
     Args:
         task: what the rows ask for.
-        manifest, directory: in and out.
+        manifest, target: in, and out: an output directory, or a stream of result rows.
         engine: the model.
         options: see `RunOptions`.
         loader: how images are read; default from the manifest's root, without network.
@@ -128,9 +70,26 @@ def run(
         StoppedError: an item failed and `stop_on_error` is set.
         MMIError: fatal: model, device, disk, a directory of another run.
     """
-    worker = _Worker(task, manifest, directory, engine, options, loader or ImageLoader(manifest.root), reporter)
-    with worker.out:
+    out = target if isinstance(target, StreamOut) else OutputDir(target, options.part)
+    worker = _Worker(task, manifest, out, engine, options, loader or ImageLoader(manifest.root), reporter)
+    with out:
         return worker.run()
+
+
+@dataclass(frozen=True)
+class _Read:
+    """A row after reading: the job with small copies of its pictures, or why there is none."""
+
+    row: Row
+    job: Job | None = None
+    copies: tuple[bytes, ...] = ()
+    error: ItemError | None = None
+
+    @property
+    def weight(self) -> int:
+        """Bytes of its pictures."""
+        pictures = [piece.value for piece in self.job.pieces if piece.kind == "image"] if self.job else []
+        return sum(3 * picture.width * picture.height for picture in pictures if picture is not None)
 
 
 class _Worker:
@@ -140,7 +99,7 @@ class _Worker:
         self,
         task: Task,
         manifest: Manifest,
-        directory: Path,
+        out: OutputDir | StreamOut,
         engine: Engine,
         options: RunOptions,
         loader: ImageLoader,
@@ -148,45 +107,84 @@ class _Worker:
     ) -> None:
         self.task, self.manifest, self.engine, self.options = task, manifest, engine, options
         self.loader, self.reporter = loader, reporter
-        self.out = OutputDir(directory, options.part)
+        self.out = out
+        self.directory = out.directory if isinstance(out, OutputDir) else None
         self.summary = Summary()
         self.stems = Stems()
         self.order: list[Entry] = []
         self.loaded = False
+        self.copies: dict[int, tuple[bytes, ...]] = {}
+        self.writer: Writer | None = None
         self.stopped_by: ItemError | None = None
         self.started = time.time()
 
     def run(self) -> Summary:
         self._scan()
-        recorded = {} if self.options.overwrite else self.out.read_run().get("identity", {})
-        identity = {
-            "task": {"name": self.task.name, **self.task.settings},
-            "manifest": self.manifest.fingerprint(),
-            "root": self.manifest.root_label,
-            "seed": self.options.seed,
-            **self.engine.identity(len(self.order), recorded),
-        }
-        self.out.open(identity, overwrite=self.options.overwrite)
+        self._open()
         selection = select(self.order, self.options)
         self._forget(selection)
         self._count_before(selection)
         self._record("running")
         state = "failed"
         try:
-            with _Interrupt() as interrupt:
+            with Interrupt() as interrupt:
                 self._work(selection, interrupt)
             interrupted = interrupt.requested
             state = "interrupted" if interrupted else "stopped" if self.stopped_by else "finished"
         finally:
             self._record(state)
+        if isinstance(self.out, StreamOut):
+            self.out.flush_rest()
         if interrupted:
-            raise Interrupted(
-                f"interrupted after {self.summary.new} new items", remedy="run the same command again to resume"
-            )
+            again = "run the same command again to resume" if self.directory else "nothing is kept with --out -"
+            raise Interrupted(f"interrupted after {self.summary.new} new items", remedy=again)
         if self.stopped_by is not None:
             raise StoppedError(str(self.stopped_by), remedy="fix it, or run with --on-error skip")
         self.summary.merged = self.out.consolidate(self.order, self._write_gallery)
+        if self.options.part.world > 1 and self.summary.failed and not self.summary.merged:
+            self._wait_for_the_launch()
         return self.summary
+
+    def _wait_for_the_launch(self) -> None:
+        """A launcher ends all processes when one returns an error: who has failed items returns after the others."""
+        everyone = replace(self.options, part=replace(self.options.part, rank=0, world=1))
+        entries = list(select(self.order, everyone).values())
+        pause, alone_since = 0.2, time.monotonic()
+        while isinstance(self.out, OutputDir):
+            finished, others = self.out.complete(entries)
+            if others:
+                alone_since = time.monotonic()
+            if finished or time.monotonic() - alone_since > LAUNCH_GRACE_S:
+                return
+            time.sleep(pause)
+            pause = min(2 * pause, 5.0)
+
+    def _open(self) -> None:
+        """Settle who this run is and take hold of the output."""
+        identity = self._identity(None)  # all that can be wrong is found before anything is created
+        if not self.engine.undecided:
+            self.out.open(identity, overwrite=self.options.overwrite)
+            return
+        with self.out.settling():
+            self.out.open(self._identity(self._sample), overwrite=self.options.overwrite)
+
+    def _identity(self, sample: Callable[[], Job | None] | None) -> dict[str, Any]:
+        recorded = {} if self.options.overwrite else self.out.read_run().get("identity", {})
+        return {
+            "task": {"name": self.task.name, **self.task.settings},
+            "manifest": self.manifest.fingerprint(),
+            "root": self.manifest.root_label,
+            "seed": self.options.seed,
+            **self.engine.identity(len(self.order), recorded, sample),
+        }
+
+    def _sample(self) -> Job | None:
+        """The first row of the manifest that the model would work on, whatever part this process has."""
+        for row in self.manifest.rows():
+            found = self._read(row)
+            if found.job is not None and found.job.to_generate:
+                return found.job
+        return None
 
     def _scan(self) -> None:
         for row in self.manifest.rows():
@@ -217,34 +215,72 @@ class _Worker:
 
     # -- the loop -----------------------------------------------------------------------------------------------------
 
-    def _work(self, selection: dict[int, Entry], interrupt: _Interrupt) -> None:
-        todo = {line for line, entry in selection.items() if self.out.is_open(entry)}
+    def _work(self, selection: dict[int, Entry], interrupt: Interrupt) -> None:
+        todo = [line for line, entry in selection.items() if self.out.is_open(entry)]
+        self.out.expect(todo)
         if not todo:
             return
-        for batch in buckets(self._jobs(todo, interrupt), self.engine.shape, self.engine.batch_size):
-            self._do(batch)
-            if interrupt.requested or self.stopped_by is not None:
-                return
+        self.writer = Writer(depth=max(4, 2 * self.engine.batch_size))
+        jobs = self._jobs(set(todo), interrupt)
+        try:
+            for batch in buckets(jobs, self.engine.batch_size):
+                self._do(batch)
+                if interrupt.requested or self.stopped_by is not None:
+                    break
+            self.writer.finish()
+        finally:
+            jobs.close()
+            self.writer.abandon()
 
-    def _jobs(self, todo: set[int], interrupt: _Interrupt) -> Iterator[Job]:
-        """Jobs of the rows to do; rows that cannot become one go straight to the errors."""
-        for row in self.manifest.rows():
-            if row.line not in todo:
-                continue
-            if interrupt.requested or self.stopped_by is not None:
-                return
-            try:
-                if row.error is not None:
-                    raise row.error
-                job = self.task.read(row, self.loader)
-            except ItemError as error:
-                self._failed(row, error)
-                continue
-            if job.to_generate:
-                self._load_once()
-                yield job
-            else:
-                self._finished(job, job.pieces, reduced=False)
+    def _jobs(self, todo: set[int], interrupt: Interrupt) -> Generator[tuple[Job, Hashable]]:
+        """Jobs of the rows to do with their shapes, read ahead; what cannot become one goes to the errors at once."""
+        rows = islice((row for row in self.manifest.rows() if row.line in todo), len(todo))
+        depth = min(64, max(4, 2 * self.engine.batch_size))
+        reading = ahead(self._read, rows, depth, lambda found: found.weight, MAX_AHEAD_BYTES)
+        try:
+            for found in reading:
+                if interrupt.requested or self.stopped_by is not None:
+                    return
+                if found.job is None:
+                    assert found.error is not None
+                    self._failed(found.row, found.error)
+                    continue
+                self.copies[found.row.line] = found.copies
+                if found.job.to_generate:
+                    self._load_once()
+                    try:
+                        shape = self.engine.shape(found.job)
+                    except Exception as error:
+                        self._failed(found.row, as_item_error(error))
+                        continue
+                    yield found.job, shape
+                else:
+                    self._finished(found.job, found.job.pieces, reduced=False)
+        finally:
+            reading.close()
+
+    def _read(self, row: Row) -> _Read:
+        """In a reading thread: pictures decoded and no larger than the model needs, small copies made."""
+        try:
+            if row.error is not None:
+                raise row.error
+            return self._prepared(row)
+        except Exception as error:  # a fault that nobody foresaw is this row's alone, too
+            return _Read(row, error=as_item_error(error))
+
+    def _prepared(self, row: Row) -> _Read:
+        job = self.task.read(row, self.loader)
+        copies: tuple[bytes, ...] = ()
+        if self.task.keeps_inputs and self.options.gallery and self.directory is not None:
+            given = [piece.value for piece in job.pieces if piece.kind == "image" and piece.value is not None]
+            shown = given if job.shown is None else job.shown
+            copies = tuple(small_copy(picture) for picture in shown[:MAX_COPIES])
+        side = self.engine.input_side
+        pieces = [
+            replace(piece, value=shrink(piece.value, side)) if piece.kind == "image" and piece.value else piece
+            for piece in job.pieces
+        ]
+        return _Read(row, replace(job, pieces=pieces, shown=None), copies)
 
     def _load_once(self) -> None:
         if not self.loaded:
@@ -265,11 +301,12 @@ class _Worker:
     # -- leaving a trace ----------------------------------------------------------------------------------------------
 
     def _finished(self, job: Job, pieces: Sequence[Piece], reduced: bool) -> None:
-        row = job.row
+        row, stem = job.row, self.stems[job.row.id]
+        copies = {copy_name(stem, number): content for number, content in enumerate(self.copies.pop(row.line, ()))}
         try:
-            output = self.task.output(job, pieces, self.stems[row.id], self.engine.image_size)
-        except ItemError as error:
-            self._failed(row, error)
+            output = self.task.output(job, pieces, stem, self.engine.image_size)
+        except Exception as error:
+            self._failed(row, as_item_error(error))
             return
         result: dict[str, Any] = {"id": row.id, **output.fields}
         if row.meta is not None:
@@ -277,32 +314,53 @@ class _Worker:
         if reduced:
             result["batch_reduced"] = True
         result |= {"seed": self._seed(row), "status": "ok"}
-        self.out.commit(result, output.media)
+        self._later(partial(self._commit, row, result, output.media, copies))
+
+    def _commit(self, row: Row, result: dict[str, Any], media: dict[str, Any], copies: dict[str, bytes]) -> None:
+        self.out.commit(result, media, copies, row.line)
         self.summary.done += 1
         self.summary.new += 1
         if self.reporter:
             self.reporter.item(f"{self.manifest.name}:{row.line}", None)
 
     def _failed(self, row: Row, error: ItemError) -> None:
+        self.copies.pop(row.line, None)
+        place = f"{self.manifest.name}:{row.line}"
+        if self.options.stop_on_error and self.stopped_by is None:
+            self.stopped_by = GenerationError(f"{place}: {error.message}", remedy=error.remedy, code=error.code)
+        self._later(partial(self._fail, row, place, error))
+
+    def _fail(self, row: Row, place: str, error: ItemError) -> None:
         self.out.fail({"id": row.id, "line": row.line, "error": error.code, "message": str(error)})
         self.summary.failed += 1
         self.summary.errors[error.code] += 1
-        place = f"{self.manifest.name}:{row.line}"
         if self.reporter:
             self.reporter.item(place, error)
-        if self.options.stop_on_error and self.stopped_by is None:
-            self.stopped_by = GenerationError(f"{place}: {error.message}", remedy=error.remedy, code=error.code)
+
+    def _later(self, action: Callable[[], None]) -> None:
+        assert self.writer is not None
+        self.writer.do(action)
 
     def _notice(self, text: str) -> None:
         if self.reporter:
             self.reporter.notice(text)
 
     def _write_gallery(self) -> None:
-        if not self.options.gallery:
+        if self.directory is None:
             return
-        files = (self.out.directory / "results.jsonl", self.out.directory / "errors.jsonl")
-        for name, page in gallery.pages(self.task, *files):
-            self.out.write_page(name, page)
+        directory, shown = self.directory, set[str]()
+
+        def copies(item_id: str) -> list[str]:
+            found = copies_of(directory, self.stems[item_id]) if self.task.keeps_inputs else []
+            shown.update(found)
+            return found
+
+        if self.options.gallery and isinstance(self.out, OutputDir):
+            rows = (row for row in self.manifest.rows() if row.error is None)
+            files = (directory / "results.jsonl", directory / "errors.jsonl")
+            for name, page in gallery.pages(self.task, *files, rows=rows, copies=copies):
+                self.out.write_page(name, page)
+        sweep_copies(directory, shown)
 
     def _record(self, state: str) -> None:
         seconds = time.time() - self.started
@@ -330,40 +388,7 @@ class _Worker:
         self.out.update_run(change)
 
 
-def select(order: Iterable[Entry], options: RunOptions) -> dict[int, Entry]:
-    """The rows to work on, by line: shard, then ids, then limit, then dealt to the launched processes in turn."""
-    chosen = [
-        entry for entry in order if options.part.owns_id(entry.id) and (options.ids is None or entry.id in options.ids)
-    ]
-    dealt = chosen[: options.limit][options.part.rank :: options.part.world]
-    return {entry.line: entry for entry in dealt}
-
-
 def peak_memory_mib() -> int:
     """Largest resident size of this process so far, in MiB."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return int(peak / 2**20 if sys.platform == "darwin" else peak / 2**10)
-
-
-class _Interrupt(contextlib.AbstractContextManager["_Interrupt"]):
-    """The first Ctrl-C (or SIGTERM) asks the loop to end after the batch at work; the second ends it at once."""
-
-    def __init__(self) -> None:
-        self.requested = False
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> _Interrupt:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            with contextlib.suppress(ValueError):  # not in the main thread: the embedding program decides
-                self._before[number] = signal.signal(number, self._handle)
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number: int, frame: object) -> None:
-        if self.requested:
-            raise KeyboardInterrupt
-        self.requested = True
-        log.warning("finishing the batch at work; press Ctrl-C again to quit at once")

@@ -30,10 +30,15 @@ class TextTokenizer(Protocol):
 
 @dataclass
 class Piece:
-    """One piece of an interleaved document. ``value`` is a string or an image; ``None`` asks for it to be generated."""
+    """One piece of an interleaved document. ``value`` is a string or an image; ``None`` asks for it to be generated.
+
+    ``options``: a missing text is the most likely of these; ``scores``: what was found about them.
+    """
 
     kind: Literal["text", "image"]
     value: Any = None
+    options: tuple[str, ...] = ()
+    scores: tuple[float, ...] = ()
 
 
 @dataclass

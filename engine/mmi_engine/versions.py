@@ -28,6 +28,8 @@ PACKAGES = (
     "numba",
     "cupy-cuda12x",
     "cupy-cuda13x",
+    "scipy",
+    "torchmetrics",
 )
 REQUIRED = PACKAGES[:8]
 LOW_MEMORY_BYTES = 2 * 2**30  # the toon model runs in less, but little else will
@@ -54,13 +56,14 @@ def versions() -> dict[str, str]:
     """Versions of mmi, Python and the packages that compute; read from metadata, nothing is imported."""
     found = {"mmi": __version__, "python": platform.python_version()}
     for name in PACKAGES:
-        version = _version(name)
+        version = package_version(name)
         if version is not None:
             found[name] = version
     return found
 
 
-def _version(name: str) -> str | None:
+def package_version(name: str) -> str | None:
+    """Version of an installed distribution, None where it is not installed."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
@@ -115,7 +118,7 @@ def examine() -> list[Finding]:
 def _packages() -> list[Finding]:
     findings = []
     for name in PACKAGES:
-        version = _version(name)
+        version = package_version(name)
         if version is not None:
             findings.append(Finding(name, version))
         elif name in REQUIRED:

@@ -1,20 +1,22 @@
-"""`mmi data`: validate manifests, make the built-in data."""
+"""`mmi data`: import other people's data sets, validate manifests, make the built-in data."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
 from mmi_cli import console
 from mmi_cli.options import SETTINGS, input_options, manifest_argument, message_options
+from mmi_engine.data.importers.formats import FORMATS
 
-KINDS = ("auto", "story")
+KINDS = ("auto", "caption", "vqa", "ground", "t2i", "seg2img", "story")
 
 
 @click.group("data", context_settings=SETTINGS)
 def data() -> None:
-    """Validate manifests; make the built-in data."""
+    """Import other people's data sets, validate manifests, make the built-in data."""
 
 
 @data.command("check", context_settings=SETTINGS, epilog="Example:\n\n  mmi data check examples/story.jsonl")
@@ -25,11 +27,12 @@ def data() -> None:
 def check(manifest: str, task: str, root: str | None, allow_urls: bool) -> int:
     """Read every row and every image of MANIFEST; exit code 3 when some would fail."""
     from mmi_engine.check import check as check_manifest
+    from mmi_engine.check import task_named
     from mmi_engine.data.images import ImageLoader
     from mmi_engine.data.manifest import Manifest
-    from mmi_engine.tasks import StoryTask
 
-    source = Manifest(manifest, root=root)
+    column = {"caption": "image", "t2i": "prompt", "auto": "image"}.get(task)
+    source = Manifest(manifest, root=root, column=column)
     loader = ImageLoader(source.root, allow_urls=allow_urls)
     terminal = console.current()
     shown = 0
@@ -39,7 +42,8 @@ def check(manifest: str, task: str, root: str | None, allow_urls: bool) -> int:
         terminal.item_error(place, error, shown)  # type: ignore[arg-type]
         shown += 1
 
-    report = check_manifest(source, StoryTask() if task == "story" else None, loader, on_error=on_error)
+    wanted = None if task == "auto" else task_named(task)
+    report = check_manifest(source, wanted, loader, on_error=on_error)
     codes = "".join(f", {code} {count}" for code, count in sorted(report.errors.items()))
     terminal.event(
         "check",
@@ -51,6 +55,54 @@ def check(manifest: str, task: str, root: str | None, allow_urls: bool) -> int:
         errors=dict(report.errors),
     )
     return report.exit_code
+
+
+LISTED = "\b\nFormats:\n" + "\n".join(f"  {name:<12}{text}" for name, (_, _, text) in FORMATS.items())
+IMPORT_EXAMPLE = f"""
+{LISTED}
+
+\b
+Examples:
+  mmi data import folder examples/images --out out/imported
+  mmi data import coco captions_val2014.json --images val2014 --out data/coco
+  mmi data import vqa questions.json --annotations answers.json --images val2014 --out data/vqa
+"""
+
+
+@data.command("import", context_settings=SETTINGS, epilog=IMPORT_EXAMPLE)
+@click.argument("format", metavar="FORMAT", type=click.Choice(list(FORMATS)))
+@click.argument("source", metavar="SRC", type=click.Path(path_type=Path))
+@click.option("--out", required=True, metavar="DIR", type=click.Path(path_type=Path), help="Folder for the manifest.")
+@click.option(
+    "--images", metavar="DIR", type=click.Path(path_type=Path), help="Folder of the pictures.  [default: SRC's]"
+)
+@click.option("--annotations", metavar="FILE", type=click.Path(path_type=Path), help="The answers, or the references.")
+@click.option("--split", metavar="NAME", help="Only this split, where the format knows splits.")
+@click.option("--boxes", type=click.Choice(["xywh", "xyxy"]), help="How boxes are written.  [default: the format's]")
+@click.option("--given", metavar="N", type=click.IntRange(0), help="Stories: only the first N pictures are given.")
+@click.option("--copy", is_flag=True, help="Copy the pictures too; default is to name them where they are.")
+@click.option("--keep-missing", is_flag=True, help="Keep rows whose pictures are not there.")
+@click.option("--limit", metavar="N", type=click.IntRange(1), help="At most N rows.")
+@click.option("--trust-pickle", is_flag=True, help="Open pickles, which may run code.")
+@message_options
+def import_(format: str, source: Path, out: Path, **options: Any) -> int:
+    """Write SRC, a data set in FORMAT, as manifest.jsonl into --out, with counts of what was dropped and why."""
+    from mmi_engine.data.importers.base import MANIFEST, ImportOptions, run_import
+    from mmi_engine.data.importers.formats import reader
+
+    terminal = console.current()
+    with terminal.counting("importing") as progress:
+        chosen = ImportOptions(**options)
+        report = run_import(reader(format), format, source, out, chosen, lambda rows: progress(rows, rows))
+    dropped = "".join(f", {reason} {count}" for reason, count in sorted(report.dropped.items()))
+    terminal.event(
+        "import",
+        f"{report.rows} rows, {sum(report.dropped.values())} dropped{dropped} → {out / MANIFEST}",
+        rows=report.rows,
+        images=report.images,
+        dropped=dict(report.dropped),
+    )
+    return 0
 
 
 @data.group("make", context_settings=SETTINGS)

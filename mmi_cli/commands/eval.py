@@ -1,79 +1,94 @@
-"""`mmi eval`: figures of a model on a suite of test items. The suite that ships is `toon`."""
+"""`mmi eval`: scores of finished results, comparisons of runs, benchmark suites."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import click
 
-from mmi_cli import console
-from mmi_cli.options import SETTINGS, message_options
+from mmi_cli.options import SETTINGS, DeviceType, message_options, stack
 
+EPILOG = """\b
+Examples:
+  mmi eval out/captions references.jsonl --metric cider
+  mmi eval runs/a runs/b --references references.jsonl --metric vqa --out compared
+  mmi eval --suite toon --out out/toon --stories 10
+"""
+ROLES = ("wrong", "skip")
 
-@click.command(
-    "eval", context_settings=SETTINGS, epilog="Example:\n\n  mmi eval --suite toon --out out/toon --stories 10"
+score_options = stack(
+    click.option("--metric", "metrics", multiple=True, metavar="M", help="One or several; see the list below.  [auto]"),
+    click.option("--references", metavar="R", help="The truth; all other arguments are then runs to compare."),
+    click.option("--parity", type=click.Choice(["released"]), help="Score as the released scripts do."),
+    click.option("--missing", type=click.Choice(ROLES), default="wrong", show_default=True,
+                 help="What items without a usable result count as."),
+    click.option("--resamples", type=click.IntRange(0), default=1000, show_default=True, help="Of the bootstrap."),
+    click.option("--root", metavar="DIR", help="Folder image paths of the references are relative to."),
+    click.option("--allow-urls", is_flag=True, help="Fetch http(s) images."),
+    click.option("--worst", type=click.IntRange(0), default=20, show_default=True, help="Items in the gallery."),
+)  # fmt: skip
+
+network_options = stack(
+    click.option("--inception", metavar="FILE", help="Inception weights, for fid, fid64, kid."),
+    click.option("--clip", metavar="DIR", help="CLIP model directory, for clip-i, clip-t."),
+    click.option("--segmenter", metavar="DIR", help="OneFormer directory or toon, for miou of pictures."),
+    click.option("--device", type=DeviceType(), default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."),
+    click.option("--batch-size", type=click.IntRange(1), metavar="N", help="Pictures or items at a time."),
+    click.option("--cache", metavar="DIR", help="Features by file hash.  [default: the user's cache folder]"),
+    click.option("--no-cache", is_flag=True, help="Compute every feature anew."),
 )
-@click.option("--suite", type=click.Choice(["toon"]), required=True, help="Which test items.")
-@click.option("--model", default="toon", show_default=True, metavar="M", help="'toon' or a model directory.")
-@click.option("--out", required=True, type=click.Path(path_type=Path), metavar="DIR", help="Folder of the results.")
+
+suite_options = stack(
+    click.option("--suite", metavar="NAME", help="toon, a benchmark, paper for all of those; ls lists them."),
+    click.option("--data", metavar="DIR", help="Folder of the suites' NAME.jsonl or NAME/manifest.jsonl."),
+    click.option("--model", default="toon", show_default=True, metavar="M", help="toon, or a model directory."),
+    click.option("--tasks", metavar="T,…", help="Only these tasks of the toon suite."),
+    click.option(
+        "--stories", type=click.IntRange(1), default=125, show_default=True, help="Toon stories, 4 drawn each."
+    ),
+    click.option("--scenes", type=click.IntRange(1), default=500, show_default=True, help="Toon items per other task."),
+    click.option("--start", type=click.IntRange(0), default=0, show_default=True, help="Index of the first toon item."),
+    click.option("--limit", type=click.IntRange(1), metavar="N", help="Only the first N rows of a benchmark."),
+    click.option(
+        "--steps", type=click.IntRange(1), metavar="N", help="Denoising steps.  [default: the suite's or model's]"
+    ),
+    click.option("--tuned", is_flag=True, help="Prompts of a fine-tuned model, where they differ."),
+    click.option("--threads", type=click.IntRange(1), metavar="N", help="CPU threads.  [default: the physical cores]"),
+)
+
+
+class _Command(click.Command):
+    """Adds the table of metrics to the help."""
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        from mmi_engine.metrics.names import HELP
+
+        with formatter.section("Metrics"):
+            formatter.write_dl(list(HELP.items()))
+        super().format_epilog(ctx, formatter)
+
+
+@click.command("eval", cls=_Command, context_settings=SETTINGS, epilog=EPILOG)
+@click.argument("paths", nargs=-1, metavar="[RESULTS REFERENCES | RUN…]")
+@score_options
 @click.option(
-    "--stories", type=click.IntRange(1), default=125, show_default=True, help="Stories, four frames drawn each."
+    "--out",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Folder of metrics.json, plots and gallery.  [default: RESULTS]",
 )
-@click.option("--scenes", type=click.IntRange(1), default=500, show_default=True, help="Scenes to caption and to draw.")
-@click.option("--start", type=click.IntRange(0), default=0, show_default=True, help="Index of the first test item.")
-@click.option("--batch-size", type=click.IntRange(1), default=10, show_default=True)
-@click.option("--threads", type=click.IntRange(1), default=None, metavar="N", help="CPU threads [default: cores]")
+@network_options
+@suite_options
 @message_options
-def eval_(
-    suite: str, model: str, out: Path, stories: int, scenes: int, start: int, batch_size: int, threads: int | None
-) -> int:
-    """Generate the suite's test items and read the results back with the oracle.
+def eval_(**options: Any) -> int:
+    """Score finished RESULTS (an output directory, or JSON lines) against REFERENCES (a manifest with the truth).
 
-    Prints every measure with its count, a 95 % interval (frames taken as independent) and the shares of a blind guess
-    and of the most frequent answer; computes on the CPU in float32. Writes metrics.json, stories.png (a contact sheet
-    of the first stories) and captions.jsonl into the output folder.
+    No generator is loaded. Every number comes with its card: metric, variant, items, missing ones, references per item,
+    versions, bootstrap 95 % interval; all of it lands in metrics.json. Items without a usable result count as wrong and
+    are listed; the exit code is then 3. With --references all arguments are runs, compared in pairs with the first.
+    With --suite a model generates first: toon runs everywhere, the benchmarks on the data that you have.
     """
-    from mmi_engine import versions
-    from mmi_engine.model.checkpoint import load_model
-    from mmi_engine.model_info import fingerprint, locate
-    from mmi_engine.runtime import tune_cpu
-    from mmi_engine.toon import measure
+    from mmi_cli import evaluating
 
-    terminal = console.current()
-    tune_cpu(threads or versions.physical_cores())
-    loaded = load_model(model)
-    out.mkdir(parents=True, exist_ok=True)
-    figures, made = measure.measure(
-        loaded,
-        stories=stories,
-        scenes=scenes,
-        start=start,
-        batch_size=batch_size,
-        progress=lambda stage, done, total: terminal.notice(f"{stage}: {done}/{total}"),
-    )
-    card = {
-        "suite": suite,
-        "model": fingerprint(locate(model)),
-        "items": {"stories": stories, "scenes": scenes, "start": start, "split": "test"},
-        "figures": {task: {name: f.to_json() for name, f in table.items()} for task, table in figures.items()},
-    }
-    (out / "metrics.json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
-    with (out / "captions.jsonl").open("w", encoding="utf-8") as stream:
-        for index, text in enumerate(made["captions"], start):
-            stream.write(json.dumps({"id": f"scene-{index}", "caption": text}) + "\n")
-    measure.contact_sheet(made["stories"]).save(out / "stories.png")
-    rows = [
-        (task, name, f"{f.share:.1%}", f"{f.right}/{f.total}", "{:.1%} … {:.1%}".format(*f.interval()), *_blind(f))
-        for task, table in figures.items()
-        for name, f in table.items()
-    ]
-    terminal.table(rows, header=("task", "measure", "right", "count", "95 % interval", "chance", "majority"))
-    return 0
-
-
-def _blind(figure: Any) -> tuple[str, str]:
-    """What a uniform guess and the most frequent answer would reach."""
-    shares = (figure.chance, figure.majority)
-    return tuple("" if share is None else f"{share:.1%}" for share in shares)  # type: ignore[return-value]
+    return evaluating.run(options)

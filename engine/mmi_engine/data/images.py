@@ -65,21 +65,31 @@ class ImageLoader:
         Raises:
             ImageError: whatever is wrong with it.
         """
+        content, name = self._content(reference)
+        return decode(content, name, self.max_pixels)
+
+    def load_raw(self, reference: Any) -> Image.Image:
+        """As `load`, but in the mode of the file (class maps are numbers, not colours)."""
+        content, name = self._content(reference)
+        return decode(content, name, self.max_pixels, raw=True)
+
+    def _content(self, reference: Any) -> tuple[bytes, str]:
+        """The bytes of a reference, and how messages call it."""
         if not isinstance(reference, str) or not reference.strip():
             found = "an empty string" if isinstance(reference, str) else json_type(reference)
             raise ImageError(f"an image must be a path or a URI, found {found}", code="bad_image")
         scheme = reference.split(":", 1)[0].lower() if ":" in reference else ""
         if scheme == "data":
-            return decode(_data_uri(reference), "the data: URI", self.max_pixels)
+            return _data_uri(reference), "the data: URI"
         if scheme in ("http", "https"):
-            return decode(self._fetch(reference), f'"{shorten(reference)}"', self.max_pixels)
+            return self._fetch(reference), f'"{shorten(reference)}"'
         if "://" in reference:
             raise ImageError(
                 f'image "{shorten(reference)}": {shorten(scheme, 12)} addresses are not read',
                 remedy="use a path, a data: URI, or http(s) with --allow-urls",
                 code="url_refused",
             )
-        return decode(self._read(reference), f'"{shorten(reference)}"', self.max_pixels)
+        return self._read(reference), f'"{shorten(reference)}"'
 
     def _read(self, reference: str) -> bytes:
         name = f'image "{shorten(reference)}"'
@@ -150,8 +160,8 @@ def _data_uri(reference: str) -> bytes:
         raise ImageError(f"the data: URI is broken: {error}", code="image_unreadable") from None
 
 
-def decode(content: bytes, name: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """An encoded picture as an upright RGB image.
+def decode(content: bytes, name: str, max_pixels: int = MAX_PIXELS, *, raw: bool = False) -> Image.Image:
+    """An encoded picture as an upright RGB image, or with `raw` in its own mode.
 
     Args:
         content: the file's bytes.
@@ -177,7 +187,7 @@ def decode(content: bytes, name: str, max_pixels: int = MAX_PIXELS) -> Image.Ima
                     upright = ImageOps.exif_transpose(image)
                 except Exception:  # damaged EXIF: the pixels are fine as they are
                     upright = image
-                return to_rgb(upright)
+                return upright.copy() if raw else to_rgb(upright)
     except Image.DecompressionBombError:
         raise ImageError(
             f"image {name} has more than {max_pixels // 10**6} million pixels",
@@ -252,6 +262,32 @@ def prepare(image: Image.Image, size: int) -> Image.Image:
         image = image.resize(target, Image.Resampling.BICUBIC)
     left, top = (image.width - size) // 2, (image.height - size) // 2
     return image.crop((left, top, left + size, top + size))
+
+
+def shrink(image: Image.Image, side: int) -> Image.Image:
+    """The first steps of `prepare` for every size up to `side`: what waits for the model need not be larger.
+
+    Args:
+        image: an RGB picture; side: the largest size in pixels that it will be prepared for.
+    """
+    from PIL import Image
+
+    image = _cut_long_side(image)
+    while min(image.size) >= 2 * side > 0:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    return image
+
+
+def small_copy(image: Image.Image, side: int = 320) -> bytes:
+    """A JPEG of at most `side` × `side` pixels for a gallery, proportions kept."""
+    from PIL import Image
+
+    small = image.convert("RGB")
+    if max(small.size) > side:
+        small.thumbnail((side, side), Image.Resampling.BICUBIC)
+    stream = io.BytesIO()
+    small.save(stream, format="JPEG", quality=88)
+    return stream.getvalue()
 
 
 def _cut_long_side(image: Image.Image) -> Image.Image:

@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import sys
 import tempfile
 import weakref
@@ -25,12 +26,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from mmi_engine.data import tables
 from mmi_engine.errors import ManifestError, RowError
 
 MAX_LINE_BYTES = 256 * 2**20  # a row may hold several pictures as data: URIs
 ID_WIDTH = 6  # default ids: 000001, 000002, … (the line number)
 MAX_SEED = 2**63 - 1
 _SPOOL_BYTES = 32 * 2**20
+_BINARY = (b"PAR1", b"\x89PNG", b"\xff\xd8\xff", b"PK\x03\x04", b"\x1f\x8b", b"\x89HDF", b"GIF8")
 
 
 @dataclass(frozen=True)
@@ -61,51 +64,88 @@ class Row:
 
 
 class Manifest:
-    """A manifest that can be read more than once: a file, or standard input spooled to a temporary file.
+    """A manifest that can be read more than once: a file, a folder, or a pipe spooled to a temporary file.
 
     Args:
-        source: path of a JSONL file, or ``-`` for standard input.
-        root: folder that image paths are relative to; default the manifest's folder, for ``-`` the working directory.
+        source: path of a JSONL file or of what `tables.py` reads, a named pipe, or ``-`` for standard input.
+        root: folder that image paths are relative to; default the manifest's folder, for pipes the working directory.
         stdin: replaces standard input (for embedding).
+        column: the one field of a row that a folder of pictures (``image``) or a list of texts fills, see `tables.py`.
 
     Raises:
         ManifestError: the file is missing, is no regular file, cannot be read, or is UTF-16.
     """
 
     def __init__(
-        self, source: str | os.PathLike[str], *, root: str | Path | None = None, stdin: BinaryIO | None = None
+        self,
+        source: str | os.PathLike[str],
+        *,
+        root: str | Path | None = None,
+        stdin: BinaryIO | None = None,
+        column: str | None = None,
     ):
+        self.column = column
+        self.format = tables.format_of(source, column)
         self._spool: BinaryIO | None = None
+        self._names: list[str] = []
         if str(source) == "-":
             self.path: Path | None = None
             self.name = "stdin"
             folder = Path.cwd()
-            spool: BinaryIO = tempfile.SpooledTemporaryFile(max_size=_SPOOL_BYTES)  # type: ignore[assignment]  # noqa: SIM115
-            shutil.copyfileobj(stdin or sys.stdin.buffer, spool)
-            self._spool = spool
-            weakref.finalize(self, spool.close)
+            self._fill_spool(stdin or sys.stdin.buffer)
+        elif _is_pipe(source):
+            self.path, self.name, folder = None, "pipe", Path.cwd()
+            with Path(source).open("rb") as pipe:
+                self._fill_spool(pipe)
         else:
             self.path = Path(source)
             self.name = self.path.name
-            folder = self.path.parent
-            self._check_readable(self.path)
+            folder = self.path if self.format == "folder" else self.path.parent
+            if self.format != "folder":
+                self._check_readable(self.path)
+            if self.format == "picture":
+                self._names = [self.path.name]
         if root is not None and not Path(root).is_dir():
             raise ManifestError(f'--root "{root}" is not a folder', remedy="name the folder the images lie in")
         self.root = Path(root) if root is not None else folder
         self.root_label = os.path.relpath(self.root, folder)  # stays the same when the whole tree moves
+        if self.format == "folder":  # listed once: what is written there meanwhile does not move the others
+            assert self.path is not None
+            self._names = list(tables.pictures(self.path))
+            return
         with self._open() as stream:
-            if stream.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-                raise ManifestError(f"{self.name} is UTF-16", remedy="save it as UTF-8")
+            self._check_head(stream.read(8))
 
-    @staticmethod
-    def _check_readable(path: Path) -> None:
+    def _check_head(self, head: bytes) -> None:
+        """Refuse as a whole what is no manifest at all."""
+        if self.format == "picture":
+            return
+        if head[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+            raise ManifestError(f"{self.name} is UTF-16", remedy="save it as UTF-8")
+        if head.startswith(_BINARY):
+            remedy = "name a file of JSON lines; other formats: mmi data import"
+            raise ManifestError(f"{self.name} is no text file", remedy=remedy)
+        if self.name.lower().endswith(".json") and head.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
+            raise ManifestError(
+                f"{self.name} is one JSON array, not JSON lines", remedy=f"jq -c '.[]' {self.name} > rows.jsonl"
+            )
+
+    def _fill_spool(self, stream: BinaryIO) -> None:
+        """Keep what can be read only once."""
+        spool: BinaryIO = tempfile.SpooledTemporaryFile(max_size=_SPOOL_BYTES)  # type: ignore[assignment]  # noqa: SIM115
+        shutil.copyfileobj(stream, spool)
+        self._spool = spool
+        weakref.finalize(self, spool.close)
+
+    def _check_readable(self, path: Path) -> None:
+        remedy = "check the path, or use - to read from standard input"
+        if self.column == "prompt" and " " in str(path):
+            remedy = """one prompt: echo '{"prompt": "…"}' | mmi t2i - --out DIR"""
         try:
             if path.is_dir():
                 raise ManifestError(f'manifest "{path}" is a folder', remedy="name a JSONL file in it")
-            if not path.is_file():  # a pipe or device would block or end nowhere
-                raise ManifestError(
-                    f'manifest "{path}" not found', remedy="check the path, or use - to read from standard input"
-                )
+            if not path.is_file():  # a device would end nowhere
+                raise ManifestError(f'manifest "{path}" not found', remedy=remedy)
             with path.open("rb"):
                 pass
         except (OSError, ValueError) as error:
@@ -126,8 +166,12 @@ class Manifest:
             raise ManifestError(f'manifest "{self.path}" cannot be read: {error.strerror}') from error
 
     def fingerprint(self) -> str:
-        """sha256 of the manifest's bytes, as hex."""
+        """sha256 of the manifest's bytes, as hex; of a folder, of the names of its pictures."""
         digest = hashlib.sha256()
+        if self.format in ("folder", "picture"):
+            for name in self._names:
+                digest.update(name.encode("utf-8", "surrogateescape") + b"\0")
+            return digest.hexdigest()
         with self._open() as stream:
             for block in iter(lambda: stream.read(2**20), b""):
                 digest.update(block)
@@ -139,21 +183,45 @@ class Manifest:
         An id that occurred before makes the later row an error (`duplicate_id`): the first one wins.
         """
         seen: set[str] = set()
+        for row in self._parsed():
+            if row.error is None:
+                if row.id in seen:
+                    error = RowError(
+                        f'id "{shorten(row.id)}" occurs before',
+                        remedy="ids must be unique; the first row with it was kept",
+                        code="duplicate_id",
+                    )
+                    row = Row(row.line, row.id, row.data, error)
+                seen.add(row.id)
+            yield row
+
+    def _parsed(self) -> Iterator[Row]:
+        if self.format in ("folder", "picture"):
+            for line, name in enumerate(self._names, 1):
+                if name.isprintable() or name.encode("utf-8", "ignore").decode() == name:
+                    yield from_object(line, {"id": name, "image": name})
+                else:
+                    error = RowError("the file's name is not UTF-8", remedy="rename it", code="bad_encoding")
+                    yield Row(line, f"{line:0{ID_WIDTH}d}", error=error)
+            return
         with self._open() as stream:
-            for line, raw in _lines(stream):
-                row = parse_row(line, raw)
-                if row is None:
-                    continue
-                if row.error is None:
-                    if row.id in seen:
-                        error = RowError(
-                            f'id "{shorten(row.id)}" occurs before',
-                            remedy="ids must be unique; the first row with it was kept",
-                            code="duplicate_id",
-                        )
-                        row = Row(row.line, row.id, row.data, error)
-                    seen.add(row.id)
-                yield row
+            lines = _lines(stream)
+            if self.format == "jsonl":
+                rows = (parse_row(line, raw) for line, raw in lines)
+            else:
+                found = tables.read(self.format, lines, self.column)
+                rows = (
+                    parsed if isinstance(parsed, Row) else from_object(line, parsed) for line, parsed in _as_rows(found)
+                )
+            yield from (row for row in rows if row is not None)
+
+
+def _is_pipe(source: str | os.PathLike[str]) -> bool:
+    """Whether it is a named pipe, as the shell's ``<(…)`` makes them."""
+    try:
+        return stat.S_ISFIFO(os.stat(source).st_mode)
+    except (OSError, ValueError):
+        return False
 
 
 def _lines(stream: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
@@ -186,14 +254,28 @@ def parse_row(line: int, raw: bytes | None) -> Row | None:
         return None
     try:
         data = _parse_json(raw)
-        row_id = _row_id(data, default)
     except RowError as error:
         return Row(line, default, error=error)
+    return from_object(line, data)
+
+
+def from_object(line: int, data: dict[str, Any]) -> Row:
+    """A row from an object that is already parsed. Never raises."""
+    try:
+        row_id = _row_id(data, f"{line:0{ID_WIDTH}d}")
+    except RowError as error:
+        return Row(line, f"{line:0{ID_WIDTH}d}", error=error)
     try:
         _check_common(data)
     except RowError as error:
         return Row(line, row_id, data, error)
     return Row(line, row_id, data)
+
+
+def _as_rows(found: Iterator[tuple[int, dict[str, Any] | RowError]]) -> Iterator[tuple[int, Any]]:
+    """Errors of a table's rows as `Row`s, objects as they are."""
+    for line, value in found:
+        yield line, Row(line, f"{line:0{ID_WIDTH}d}", error=value) if isinstance(value, RowError) else value
 
 
 def _parse_json(raw: bytes) -> dict[str, Any]:
@@ -202,7 +284,7 @@ def _parse_json(raw: bytes) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise RowError(f"not UTF-8 at byte {error.start + 1}", remedy="save as UTF-8", code="bad_encoding") from None
     try:
-        data = json.loads(text, parse_constant=_refuse_constant)
+        data = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite)
     except RecursionError:
         raise RowError("JSON nested too deeply", code="bad_json") from None
     except json.JSONDecodeError as error:
@@ -224,6 +306,13 @@ def _parse_json(raw: bytes) -> dict[str, Any]:
             message = "text holds half of a surrogate pair"
             raise RowError(message, remedy="fix the \\u escape", code="bad_encoding") from None
     return data
+
+
+def _finite(digits: str) -> float:
+    value = float(digits)
+    if value in (float("inf"), float("-inf")):
+        raise ValueError(f"{shorten(digits, 20)} is beyond the range of numbers")
+    return value
 
 
 def _refuse_constant(name: str) -> Any:

@@ -22,8 +22,10 @@ from torch import Tensor
 from mmi_engine.data.images import prepare
 from mmi_engine.errors import TextTooLongError
 from mmi_engine.generate.image import Denoising, ImageRequest, denoise, to_images
+from mmi_engine.generate.score import option_scores
 from mmi_engine.generate.settings import Settings
 from mmi_engine.generate.text import Prompt, generate_text
+from mmi_engine.model.config import ModelConfig
 from mmi_engine.model.interleaved import MMInterleaved
 from mmi_engine.model.vision import VisualOutput
 from mmi_engine.sequence import Piece, context_columns, pad_rows, tokenize
@@ -41,7 +43,7 @@ class _Encoded:
 
 
 @dataclass
-class _Document:
+class Document:
     """A document in the making."""
 
     pieces: list[Piece]
@@ -53,6 +55,11 @@ class _Document:
     def next_missing(self) -> int | None:
         """Index of the next piece to make, ``None`` when all have values."""
         return next((i for i, piece in enumerate(self.pieces) if piece.value is None), None)
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether anything is still to be made."""
+        return self.next_missing() is not None or (self.free > 0 and not self.ended)
 
     def generator(self, index: int) -> torch.Generator:
         """Random numbers of piece ``index``."""
@@ -87,18 +94,18 @@ def fill(
     """
     free = free or [0] * len(items)
     documents = [
-        _Document([Piece(p.kind, p.value) for p in item], seed, extra)
+        Document([Piece(p.kind, p.value, p.options) for p in item], seed, extra)
         for item, seed, extra in zip(items, seeds, free, strict=True)
     ]
-    maker = _Maker(model, settings, batch_size)
+    maker = Maker(model, settings, batch_size)
     with torch.no_grad():
         while maker.round(documents):
             pass
     return [document.pieces for document in documents]
 
 
-class _Maker:
-    """One run over a few documents."""
+class Maker:
+    """One run over a few documents; `rank.py` scores candidates with its parts."""
 
     def __init__(self, model: MMInterleaved, settings: Settings, batch_size: int) -> None:
         self.model, self.settings = model, settings
@@ -106,12 +113,12 @@ class _Maker:
         self.tokens, self.config = model.config.tokens, model.config
         self.plan = Denoising.choose(settings, model.config.generation)
         self.dtype = model.boi_embedding.dtype
-        self.limit = int(model.config.language.transformers["max_position_embeddings"])
+        self.limit = context_limit(model.config)
 
-    def round(self, documents: list[_Document]) -> bool:
+    def round(self, documents: list[Document]) -> bool:
         """Make one piece of every unfinished document; False when there was none."""
-        waiting: dict[Hashable, list[tuple[_Document, int]]] = {}
-        self._encode([(d, self._cut(d)) for d in documents])
+        waiting: dict[Hashable, list[tuple[Document, int]]] = {}
+        self.encode([(d, self._cut(d)) for d in documents if d.unfinished])
         for document in documents:
             index = document.next_missing()
             if index is None:
@@ -120,23 +127,26 @@ class _Maker:
                 waiting.setdefault(self._shape(document, index), []).append((document, index))
         for (kind, *_), group in waiting.items():  # type: ignore[misc]
             for start in range(0, len(group), self.batch_size):
-                part = group[start : start + self.batch_size]
-                (self._draw if kind == "image" else self._write)(part)
+                self.make(kind, group[start : start + self.batch_size])
         return bool(waiting)
 
-    def _open_free(self, document: _Document) -> int | None:
+    def make(self, kind: str, part: list[tuple[Document, int]]) -> None:
+        """One piece of every document in ``part``, all of one shape."""
+        {"image": self._draw, "text": self._write, "options": self._choose}[kind](part)
+
+    def _open_free(self, document: Document) -> int | None:
         """Free continuation: the index of a new text piece, unless the document has ended."""
         if document.free <= 0 or document.ended:
             return None
         document.pieces.append(Piece("text"))
         return len(document.pieces) - 1
 
-    def _cut(self, document: _Document) -> int:
+    def _cut(self, document: Document) -> int:
         """How many pieces precede the next missing one."""
         index = document.next_missing()
         return len(document.pieces) if index is None else index
 
-    def _ids(self, document: _Document, index: int) -> list[int]:
+    def _ids(self, document: Document, index: int) -> list[int]:
         """Prompt of piece ``index``: everything before it, and ``<BoI>`` when a picture is to come."""
         before = document.pieces[:index]
         ids = tokenize(before, self.model.tokenizer, self.tokens, self.config.tokens_per_image).ids
@@ -144,26 +154,17 @@ class _Maker:
             return [*ids, self.tokens.boi]
         return ids
 
-    def _shape(self, document: _Document, index: int) -> tuple[str, int, int]:
+    def _shape(self, document: Document, index: int) -> tuple[str, int, int]:
         """What must agree within a batch: kind, padded length, number of images."""
-        kind, length = document.pieces[index].kind, len(self._ids(document, index))
-        room = self.limit - (self.settings.max_new_tokens if kind == "text" else 0)
-        if length > room:
-            raise TextTooLongError(
-                f"piece {index} needs a context of {length} tokens, the model holds {room}",
-                remedy="shorten the texts or use fewer images",
-            )
-        most = self.config.language.mmfs.max_images - 1 if self.config.language.mmfs is not None else length
-        if len(document.encoded) > most:
-            raise TextTooLongError(
-                f"piece {index} stands behind {len(document.encoded)} images, the model tells {most} apart",
-                remedy="use fewer images",
-            )
+        piece, length = document.pieces[index], len(self._ids(document, index))
+        kind = "options" if piece.options else str(piece.kind)
+        new_tokens = self.settings.max_new_tokens if kind == "text" else 0
+        check_room(self.config, index, length + new_tokens, len(document.encoded))
         return kind, padded(length), len(document.encoded)
 
-    def _encode(self, wanted: list[tuple[_Document, int]]) -> None:
+    def encode(self, wanted: list[tuple[Document, int]]) -> None:
         """Encode the images before the next missing piece that are not encoded yet, ``batch_size`` at a time."""
-        todo: list[tuple[_Document, Image.Image]] = []
+        todo: list[tuple[Document, Image.Image]] = []
         for document, cut in wanted:
             images = [p.value for p in document.pieces[:cut] if p.kind == "image"]
             todo += [(document, image) for image in images[len(document.encoded) :]]
@@ -177,11 +178,11 @@ class _Maker:
             for row, (document, _) in enumerate(part):
                 document.encoded.append(_Encoded(visual.tokens[row], [f[row] for f in visual.features]))
 
-    def _fill_up(self, part: list[tuple[_Document, int]]) -> list[tuple[_Document, int]]:
+    def _fill_up(self, part: list[tuple[Document, int]]) -> list[tuple[Document, int]]:
         """A full batch: the part and copies of its first row."""
         return [*part, *[part[0]] * (self.batch_size - len(part))]
 
-    def _visual(self, rows: list[_Document]) -> VisualOutput | None:
+    def _visual(self, rows: list[Document]) -> VisualOutput | None:
         """All images of the rows as one visual output."""
         encoded = [e for document in rows for e in document.encoded]
         if not encoded:
@@ -191,7 +192,7 @@ class _Maker:
         features = tuple(torch.stack([e.features[level] for e in encoded]) for level in range(levels))
         return VisualOutput(tokens, features, tokens.new_zeros(0), tokens.new_zeros(0))
 
-    def _prompt(self, batch: list[tuple[_Document, int]], *, left: bool) -> Prompt:
+    def prompt(self, batch: list[tuple[Document, int]], *, left: bool) -> Prompt:
         """The batch's prompts, padded to their common rounded-up length."""
         rows = [self._ids(document, index) for document, index in batch]
         ids, mask = pad_rows(rows, self.tokens.pad, left=left, length=padded(len(rows[0])))
@@ -199,10 +200,10 @@ class _Maker:
         device = self.model.device
         return Prompt(ids.to(device), mask.to(device), self._visual([d for d, _ in batch]), counts.to(device))
 
-    def _write(self, part: list[tuple[_Document, int]]) -> None:
+    def _write(self, part: list[tuple[Document, int]]) -> None:
         """Generate one text of every document in ``part``."""
         batch = self._fill_up(part)
-        prompt = self._prompt(batch, left=True)
+        prompt = self.prompt(batch, left=True)
         generators = [document.generator(index) for document, index in batch]
         made = generate_text(self.model, prompt, self.settings, generators=generators)
         for (document, index), ids in zip(part, made.ids, strict=False):
@@ -212,7 +213,31 @@ class _Maker:
             if document.free and index == len(document.pieces) - 1:
                 self._go_on(document, text, ended)
 
-    def _go_on(self, document: _Document, text: str, ended: int | None) -> None:
+    def _choose(self, part: list[tuple[Document, int]]) -> None:
+        """Give every document in ``part`` the most likely of its options; one document at a time fills the batch."""
+        for document, index in part:
+            piece = document.pieces[index]
+            rows = [self.continuation(document.pieces[:index], option) for option in piece.options]
+            longest = max(map(len, rows)) + len(self._ids(document, index))
+            if longest > self.limit:
+                raise TextTooLongError(
+                    f"prompt and longest option take {longest} tokens, the model holds {self.limit}",
+                    remedy="shorten the options",
+                )
+            prompt = self.prompt([(document, index)] * self.batch_size, left=True)
+            piece.scores = tuple(option_scores(self.model, prompt, rows))
+            piece.value = piece.options[max(range(len(rows)), key=lambda number: piece.scores[number])]
+
+    def continuation(self, before: list[Piece], text: str) -> list[int]:
+        """Token ids of a text behind other pieces, joined as `tokenize` joins texts."""
+        per_image = self.config.tokens_per_image
+        start = tokenize(before, self.model.tokenizer, self.tokens, per_image).ids
+        whole = tokenize([*before, Piece("text", text)], self.model.tokenizer, self.tokens, per_image).ids
+        if whole[: len(start)] == start and len(whole) > len(start):
+            return whole[len(start) :]
+        return self.model.tokenizer.encode(f" {text}")  # the boundary fell inside a token
+
+    def _go_on(self, document: Document, text: str, ended: int | None) -> None:
         """After a freely written text: open a picture where the model asked for one, else end the document."""
         if not text:
             document.pieces.pop()
@@ -222,7 +247,7 @@ class _Maker:
         else:
             document.ended = True
 
-    def _draw(self, part: list[tuple[_Document, int]]) -> None:
+    def _draw(self, part: list[tuple[Document, int]]) -> None:
         """Generate one picture of every document in ``part``."""
         batch = self._fill_up(part)
         request = self._request(batch)
@@ -235,9 +260,9 @@ class _Maker:
         for (document, index), picture in zip(part, pictures, strict=False):
             document.pieces[index].value = to_picture(picture)
 
-    def _request(self, batch: list[tuple[_Document, int]]) -> ImageRequest:
+    def _request(self, batch: list[tuple[Document, int]]) -> ImageRequest:
         """Context tokens and image features of the pictures to draw."""
-        model, prompt = self.model, self._prompt(batch, left=False)
+        model, prompt = self.model, self.prompt(batch, left=False)
         visual = prompt.visual
         tokens = visual.tokens if visual is not None else prompt.ids.new_zeros(0, 1, 1, dtype=self.dtype)
         embeds = model.embed(prompt.ids, tokens)
@@ -251,7 +276,7 @@ class _Maker:
         generators = [document.generator(index) for document, index in batch]
         return ImageRequest(condition, features, visible, generators)
 
-    def _context_images(self, rows: list[_Document]) -> tuple[list[Tensor], Tensor]:
+    def _context_images(self, rows: list[Document]) -> tuple[list[Tensor], Tensor]:
         """Maps ``[N, M, C, h_l, w_l]`` of the images that the U-Net sees, and their visibility ``[N, M]``."""
         count = min(len(rows[0].encoded), self.config.image_decoder.context_images)
         device = self.model.device
@@ -266,6 +291,26 @@ class _Maker:
             for level in levels
         ]
         return maps, torch.ones(len(rows), count, dtype=torch.long, device=device)
+
+
+def context_limit(config: ModelConfig) -> int:
+    """Tokens that the language model holds."""
+    return int(config.language.transformers["max_position_embeddings"])
+
+
+def check_room(config: ModelConfig, index: int, tokens: int, images: int) -> None:
+    """Raises TextTooLongError where piece ``index`` needs too many tokens or stands behind too many images."""
+    limit = context_limit(config)
+    if tokens > limit:
+        raise TextTooLongError(
+            f"piece {index} needs a context of {tokens} tokens, the model holds {limit}",
+            remedy="shorten the texts or use fewer images",
+        )
+    most = config.language.mmfs.max_images - 1 if config.language.mmfs is not None else images
+    if images > most:
+        raise TextTooLongError(
+            f"piece {index} stands behind {images} images, the model tells {most} apart", remedy="use fewer images"
+        )
 
 
 def invariant_rows(batch_size: int, device: torch.device) -> int:

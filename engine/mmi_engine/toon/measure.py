@@ -1,116 +1,35 @@
-"""The toon suite: test items → generation → oracle → figures with counts and 95 % intervals.
+"""The toon suite's own parts: drawing its test items, and a sheet of its stories.
 
-Place in the flow: `mmi eval --suite toon` calls `measure`. Items are the first ones of the test split, none chosen;
-every item has its default seed, steps, guidance and scheduler are the model's own; an unreadable picture counts as
-wrong. Stories get their first frame and all texts; frames 2 to 5 are generated, each after the generated ones before.
-Source of the measures: `mmi_engine.toon.score`.
+Place in the flow: `mmi eval --suite toon` draws rows with `draw`, generates and scores them like any suite
+(`mmi_engine.metrics`). Items are the first ones of the test split, none chosen; every item has its default seed, steps,
+guidance and scheduler are the model's own. Stories get their first frame and all texts; frames 2 to 5 are generated,
+each after the generated ones before.
 """
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable
-from typing import Any
+from pathlib import Path
 
 from PIL import Image
 
-from mmi_engine.data.manifest import item_seed
-from mmi_engine.generate.interleave import fill
-from mmi_engine.generate.settings import Settings
-from mmi_engine.model.interleaved import MMInterleaved
-from mmi_engine.sequence import Piece
-from mmi_engine.toon import texts
-from mmi_engine.toon.draw import render
-from mmi_engine.toon.score import Figure, score_captions, score_stories, score_t2i
-from mmi_engine.toon.world import sample_scene, sample_story
+from mmi_engine.toon.dataset import MANIFESTS, make_dataset
 
-CAPTION_PROMPT = "a photo of"
-Progress = Callable[[str, int, int], None]
+PER_SCENE = {"vqa": 7, "ground": 3}  # rows that one scene gives at least
 
 
-def measure(
-    model: MMInterleaved,
-    *,
-    stories: int = 50,
-    scenes: int = 200,
-    start: int = 0,
-    batch_size: int = 10,
-    progress: Progress = lambda stage, done, total: None,
-) -> tuple[dict[str, dict[str, Figure]], dict[str, Any]]:
-    """Figures of a model on the test split.
+def draw(folder: Path, task: str, count: int, start: int = 0) -> Path:
+    """Rows for one task with their truth, at least `count` of them, as a manifest with pictures.
 
     Args:
-        model: with its tokenizer.
-        stories: stories of five frames, four of them generated.
-        scenes: single scenes, for captions and for text to image.
-        start: index of the first story and scene.
-        batch_size: items worked on together.
-        progress: called with stage, items done and items in all.
+        folder: where they go; equal arguments give equal bytes, so drawing again changes nothing.
+        task: one of `dataset.TASKS`; start: index of the first story or scene of the test split.
 
     Returns:
-        figures by task ("story", "caption", "t2i") and measure, and what was generated: ``stories`` as lists of five
-        pictures with the first one given, ``captions`` and ``t2i`` in the order of the items.
+        the manifest.
     """
-    made: dict[str, Any] = {"stories": [], "captions": [], "t2i": []}
-    indices = range(start, start + stories)
-    for part in _parts(indices, batch_size):
-        made["stories"] += _draw_stories(model, part, batch_size)
-        progress("story", len(made["stories"]), stories)
-    for part in _parts(range(start, start + scenes), batch_size):
-        made["captions"] += _caption(model, part, batch_size)
-        progress("caption", len(made["captions"]), scenes)
-    for part in _parts(range(start, start + scenes), batch_size):
-        made["t2i"] += _draw_scenes(model, part, batch_size)
-        progress("t2i", len(made["t2i"]), scenes)
-    given = [True, False, False, False, False]
-    true_stories = [sample_story(i, "test") for i in indices]
-    true_scenes = [sample_scene(i, "test") for i in range(start, start + scenes)]
-    figures = {
-        "story": score_stories(
-            (drawn, story.scenes, given) for drawn, story in zip(made["stories"], true_stories, strict=True)
-        ),
-        "caption": score_captions(zip(made["captions"], true_scenes, strict=True)),
-        "t2i": score_t2i(
-            (picture, prompt(i), scene)
-            for i, (picture, scene) in enumerate(zip(made["t2i"], true_scenes, strict=True), start)
-        ),
-    }
-    return figures, made
-
-
-def prompt(index: int) -> str:
-    """Text-to-image prompt of test scene ``index``."""
-    return texts.caption(sample_scene(index, "test"), random.Random(index))
-
-
-def _parts(indices: range, size: int) -> list[range]:
-    return [indices[i : i + size] for i in range(0, len(indices), size)]
-
-
-def _draw_stories(model: MMInterleaved, indices: range, batch_size: int) -> list[list[Image.Image]]:
-    items = []
-    for index in indices:
-        story, pieces = sample_story(index, "test"), []
-        for frame, text in enumerate(story.texts):
-            pieces += [Piece("text", text), Piece("image", render(story.scenes[0]) if frame == 0 else None)]
-        items.append(pieces)
-    seeds = [item_seed(0, f"story-{i}") for i in indices]
-    filled = fill(model, items, seeds, Settings(), batch_size)
-    return [[piece.value for piece in item if piece.kind == "image"] for item in filled]
-
-
-def _caption(model: MMInterleaved, indices: range, batch_size: int) -> list[str]:
-    items = [
-        [Piece("image", render(sample_scene(i, "test"))), Piece("text", CAPTION_PROMPT), Piece("text")] for i in indices
-    ]
-    filled = fill(model, items, [0] * len(items), Settings(max_new_tokens=40), batch_size)
-    return [item[-1].value for item in filled]
-
-
-def _draw_scenes(model: MMInterleaved, indices: range, batch_size: int) -> list[Image.Image]:
-    items = [[Piece("text", prompt(i)), Piece("image")] for i in indices]
-    filled = fill(model, items, [item_seed(0, f"scene-{i}") for i in indices], Settings(), batch_size)
-    return [item[-1].value for item in filled]
+    scenes = -(-count // PER_SCENE.get(task, 1))
+    make_dataset(folder / task, "test", scenes, start, tasks=(task,))
+    return folder / task / MANIFESTS[task]
 
 
 def contact_sheet(stories: list[list[Image.Image]], columns: int = 5, rows: int = 8) -> Image.Image:

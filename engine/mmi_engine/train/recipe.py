@@ -68,7 +68,8 @@ class LossConfig:
     """L1 on horizontal and vertical differences of neighbouring pixels (``vae``)."""
     kl: float = 1e-6
     latent_noise: float = 0.0
-    """Noise on latents relative to their spread (``vae``): the decoder learns to undo small errors of sampling."""
+    """Most noise on latents, relative to their spread (``vae``; each picture gets between none and this much): the
+    decoder learns to undo errors of sampling."""
     text: float = 1.0
     """L_NTP, next-token prediction (``interleaved``)."""
     image: float = 10.0

@@ -44,8 +44,8 @@ class CodecObjective(nn.Module):
         posterior = self.codec.posterior(pictures)
         latents = posterior.mean + posterior.std * torch.randn_like(posterior.mean)
         if self.weights.latent_noise:
-            spread = posterior.mean.detach().std()
-            latents = latents + self.weights.latent_noise * spread * torch.randn_like(latents)
+            level = self.weights.latent_noise * torch.rand_like(latents[:, :1, :1, :1])  # of every picture its own
+            latents = latents + level * posterior.mean.detach().std() * torch.randn_like(latents)
         rebuilt, target = self.codec.reconstruct(latents).float(), pictures * 2 - 1
         parts = {
             "l1": F.l1_loss(rebuilt, target),

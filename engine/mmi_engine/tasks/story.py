@@ -1,109 +1,21 @@
-"""What the generating commands differ in: how a row becomes pieces, and how filled pieces become a result.
+"""`mmi story`: frames or a chat as an interleaved sequence, filled in order.
 
-Place in the flow:
-
-    manifest Row ──Task.read──▶ Job(pieces) ──engine fills the pieces without a value──▶ Task.output ──▶ Output
-
-Every task is an interleaved sequence of text and images in which some pieces have no value yet; the loop around it
-(`run.py`), the output directory and the gallery are the same for all. A task holds no model and no tensor.
+Place in the flow: `run.py` reads rows and writes results through `StoryTask`; `messages_to_drafts` serves the other
+commands that accept chats.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
 from mmi_engine.data.images import ImageLoader, prepare
 from mmi_engine.data.manifest import Row, json_type
-from mmi_engine.errors import GenerationError, RowError
+from mmi_engine.errors import RowError
+from mmi_engine.tasks.base import MAX_PIECES, Job, Output, Panel, Piece, check_filled
 
 if TYPE_CHECKING:
     from PIL import Image
-
-MAX_PIECES = 4096  # far beyond any context; stops a hostile row before its images are loaded
-
-
-@dataclass(frozen=True)
-class Piece:
-    """One element of an interleaved sequence.
-
-    Attributes:
-        kind: ``"text"`` or ``"image"``.
-        value: the text or the RGB picture; None asks the model for it.
-    """
-
-    kind: Literal["text", "image"]
-    value: Any = None
-
-
-@dataclass(frozen=True)
-class Job:
-    """An item ready for the engine.
-
-    Attributes:
-        row: the manifest row it comes from.
-        pieces: the sequence; those with value None are generated, in order, each from all before it.
-        free: after the last piece the model goes on by itself, deciding where text ends and an image begins,
-            for at most this many more images; 0 for not at all.
-    """
-
-    row: Row
-    pieces: list[Piece]
-    free: int = 0
-
-    @property
-    def to_generate(self) -> bool:
-        """Whether there is anything for the model to do."""
-        return self.free > 0 or any(piece.value is None for piece in self.pieces)
-
-
-@dataclass(frozen=True)
-class Output:
-    """What an item leaves behind.
-
-    Attributes:
-        fields: the task's part of the result row, JSON values.
-        media: path relative to the output directory (`/` between parts) → RGB picture.
-    """
-
-    fields: dict[str, Any]
-    media: dict[str, Image.Image] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Panel:
-    """One box of the gallery: a picture with texts under it; the flags say what the model made."""
-
-    image: str | None = None
-    image_generated: bool = False
-    texts: tuple[tuple[str, bool], ...] = ()
-
-
-class Task(Protocol):
-    """What `run.py` needs to know of a command.
-
-    Attributes:
-        name: of the command.
-        makes_images: whether results include pictures.
-        settings: the task's own options that change an item's output.
-    """
-
-    name: str
-    makes_images: bool
-    settings: dict[str, Any]
-
-    def read(self, row: Row, loader: ImageLoader) -> Job:
-        """The row as a job; raises ItemError (broken structure, unreadable image)."""
-        ...
-
-    def output(self, job: Job, filled: Sequence[Piece], stem: str, image_size: int) -> Output:
-        """The result of a job: `filled` are its pieces with values, then what was added freely."""
-        ...
-
-    def panels(self, result: dict[str, Any]) -> list[Panel]:
-        """A result row as gallery panels."""
-        ...
 
 
 class StoryTask:
@@ -119,6 +31,9 @@ class StoryTask:
 
     name = "story"
     makes_images = True
+    decoding = "story"
+    keeps_inputs = False  # given frames are written beside the made ones
+    column: str | None = None
 
     def __init__(self, free: int = 0) -> None:
         self.free = free
@@ -146,7 +61,7 @@ class StoryTask:
             return Output({"frames": _frames_out(job, filled, media)}, media.pictures)
         return Output({"messages": _messages_out(job, filled, media)}, media.pictures)
 
-    def panels(self, result: dict[str, Any]) -> list[Panel]:
+    def panels(self, result: dict[str, Any], data: dict[str, Any], inputs: Sequence[str]) -> list[Panel]:
         """One panel per frame; in a chat one per picture or run of texts."""
         if "frames" in result:
             return [_frame_panel(frame) for frame in result["frames"]]
@@ -235,20 +150,21 @@ def _part_to_draft(part: Any, number: int) -> Draft:
     )
 
 
+def chat_pieces(messages: Any, loader: ImageLoader) -> list[Piece]:
+    """A chat whose answer is missing as pieces with their pictures loaded.
+
+    Raises:
+        ItemError: `bad_messages`, `bad_row` for too many parts, or an unreadable picture.
+    """
+    drafts = messages_to_drafts(messages)
+    if len(drafts) > MAX_PIECES:
+        raise RowError(f"{len(drafts)} parts are more than {MAX_PIECES}", remedy="split the chat", code="bad_row")
+    return [load_piece(kind, value, loader) for kind, value in drafts]
+
+
 def load_piece(kind: Literal["text", "image"], value: Any, loader: ImageLoader) -> Piece:
     """A draft with its image loaded."""
     return Piece(kind, loader.load(value) if kind == "image" and value is not None else value)
-
-
-def check_filled(job: Job, filled: Sequence[Piece]) -> None:
-    """Raises GenerationError unless every piece of the job came back with a value of its kind."""
-    if len(filled) < len(job.pieces):
-        raise GenerationError(f"the model returned {len(filled)} of {len(job.pieces)} pieces")
-    for number, piece in enumerate(filled):
-        expected = job.pieces[number].kind if number < len(job.pieces) else piece.kind
-        good = isinstance(piece.value, str) if piece.kind == "text" else hasattr(piece.value, "convert")
-        if piece.kind != expected or not good:
-            raise GenerationError(f"piece {number} came back without its {expected}")
 
 
 class _Media:

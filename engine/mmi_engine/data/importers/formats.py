@@ -1,0 +1,31 @@
+"""The formats by name, with a line of help each; readers are found here.
+
+Place in the flow: `mmi_cli/commands/data.py` lists the names without importing a reader.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+# name → (module, function, what it reads)
+FORMATS: dict[str, tuple[str, str, str]] = {
+    "messages": ("chats", "read_messages", "chat rows of OpenAI or Hugging Face (JSON, JSON lines)"),
+    "llava": ("chats", "read_llava", "LLaVA conversations (JSON)"),
+    "coco": ("captions", "read_coco", "COCO captions or a Karpathy split; NoCaps, Flickr30k (JSON)"),
+    "vqa": ("questions", "read_vqa", "VQAv2, OK-VQA (with --annotations), TextVQA, VizWiz (JSON)"),
+    "refcoco": ("boxes", "read_refcoco", "RefCOCO/+/g: a folder with instances.json and refs, or JSON lines"),
+    "folder": ("containers", "read_plain", "a folder of pictures"),
+    "csv": ("containers", "read_plain", "a CSV or TSV whose header names the fields"),
+    "text": ("containers", "read_plain", "a text file, one prompt a line"),
+    "vist": ("stories", "read_vist", "VIST stories in sequence, nested or flattened (JSON)"),
+    "story-h5": ("stories", "read_story_h5", "PororoSV, FlintstonesSV, VIST as AR-LDM stores them (HDF5)"),
+    "webdataset": ("containers", "read_webdataset", "tars of samples"),
+    "parquet": ("containers", "read_parquet", "tables with pictures inside, OBELICS"),
+}
+
+
+def reader(name: str) -> Any:
+    """The reader of a format."""
+    module, function, _ = FORMATS[name]
+    return getattr(importlib.import_module(f"mmi_engine.data.importers.{module}"), function)

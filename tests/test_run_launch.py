@@ -1,0 +1,102 @@
+"""Several processes: torchrun with gloo, and launches that silently go wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from command_data import FIXED, OPTIONS, go, make_data
+from test_run_kill import tree
+
+from mmi_cli import launch
+from mmi_engine.errors import UsageError
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return make_data(tmp_path_factory.mktemp("data"))
+
+
+def torchrun(processes: int, arguments: list[str]) -> subprocess.CompletedProcess:
+    path = os.pathsep.join(str(REPOSITORY / name) for name in (".", "engine", "kernels"))
+    environment = {**os.environ, "PYTHONPATH": path, "ACCELERATE_USE_CPU": "true"}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
+    launcher += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "-m", "mmi_cli"]
+    return subprocess.run([*launcher, *arguments], env=environment, capture_output=True, text=True, timeout=300)
+
+
+def test_two_processes_of_torchrun_give_the_bytes_of_one(data, tmp_path):
+    """With a failing row: the launcher ends everyone when one process returns an error, so that one must wait."""
+    command = "story"
+    go(data, command, tmp_path / "one", "--batch-size", "2")
+    fixed = ["--model", str(data / "model"), *FIXED, *OPTIONS[command], "--batch-size", "2"]
+    done = torchrun(2, [command, str(data / f"{command}.jsonl"), "--out", str(tmp_path / "two"), *fixed])
+    assert done.returncode == 1, "the launcher's own code for a process that returned 3"
+    parts = json.loads((tmp_path / "two/run.json").read_text())["parts"]
+    assert parts.keys() == {"1-of-1.0-of-2", "1-of-1.1-of-2"}, done.stderr  # the world really had two processes
+    assert all(part["state"] == "finished" and part["new"] + part["failed"] == 2 for part in parts.values())
+    assert tree(tmp_path / "two") == tree(tmp_path / "one")
+
+
+# -- launches that go wrong silently -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("parent", "environment", "said"),
+    [
+        (["accelerate", "launch", "--cpu", "--num_processes", "2", "x"], {"ACCELERATE_USE_CPU": "1"}, "asked for 2"),
+        (["accelerate", "launch", "--num-processes=3"], {"ACCELERATE_USE_CPU": "1"}, "asked for 3"),
+        (["accelerate", "launch", "--num_processes", "1"], {"ACCELERATE_USE_CPU": "1"}, None),
+        (["accelerate", "launch", "x"], {"ACCELERATE_USE_CPU": "1"}, None),
+        (["bash"], {"ACCELERATE_USE_CPU": "1"}, None),
+        (["srun"], {"SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, "--shard $((SLURM_PROCID+1))/4"),
+        (["sbatch"], {"SLURM_NTASKS": "4"}, None),  # the batch script itself, not a task of it
+        (["mpirun"], {"OMPI_COMM_WORLD_SIZE": "2"}, "--shard $((OMPI_COMM_WORLD_RANK+1))/2"),
+        ([], {}, None),
+        (["x"], {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "SLURM_NTASKS": "2", "SLURM_PROCID": "0"}, None),
+    ],
+)
+def test_launches_that_start_one_process_or_strangers_are_called_out(monkeypatch, tmp_path, parent, environment, said):
+    monkeypatch.setattr(launch, "parent_command", lambda process: parent)
+    warnings: list[str] = []
+    launch.check(warnings.append, streaming=False, environment={"HOME": str(tmp_path), **environment})
+    assert (said is None and not warnings) or (len(warnings) == 1 and said in warnings[0])
+
+
+def test_the_number_of_processes_may_stand_in_accelerates_configuration(monkeypatch, tmp_path):
+    (tmp_path / "two.yaml").write_text("use_cpu: true\nnum_processes: 2\n")
+    words = ["accelerate", "launch", "--config_file", str(tmp_path / "two.yaml"), "x"]
+    monkeypatch.setattr(launch, "parent_command", lambda process: words)
+    warnings: list[str] = []
+    launch.check(warnings.append, streaming=False, environment={"ACCELERATE_USE_CPU": "1"})
+    assert len(warnings) == 1
+
+
+def test_a_real_accelerate_launch_of_one_process_is_noticed(tmp_path):
+    """environment.md: --cpu --num_processes 2 starts one process; its command line says what was meant."""
+    script = tmp_path / "script.py"
+    script.write_text("from mmi_cli import launch\nlaunch.check(print, streaming=False)\nprint(launch.ranks())\n")
+    path = os.pathsep.join(str(REPOSITORY / name) for name in (".", "engine", "kernels"))
+    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--cpu", "--num_processes", "2"]
+    environment = {**os.environ, "PYTHONPATH": path}
+    done = subprocess.run([*command, str(script)], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    if "(0, 1)" in done.stdout:
+        assert "asked for 2 processes but started one" in done.stdout
+    else:
+        assert "(0, 2)" in done.stdout and "(1, 2)" in done.stdout
+
+
+def test_one_stdout_is_not_shared_and_nonsense_is_refused():
+    two = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}
+    with pytest.raises(UsageError):
+        launch.check(lambda text: None, streaming=True, environment=two)
+    for rank, world in (("2", "2"), ("x", "2"), ("-1", "1"), ("0", "0")):
+        with pytest.raises(UsageError):
+            launch.ranks({"RANK": rank, "LOCAL_RANK": "0", "WORLD_SIZE": world})
