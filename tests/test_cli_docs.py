@@ -80,7 +80,7 @@ def test_the_example_scripts_run(script, shell):
 
 
 def test_every_command_has_a_page_and_an_example_script():
-    pages = {"train": "training", "model": "model-info"}
+    pages = {"train": "training", "model": "model-info", "bench": "kernel"}
     for name in COMMANDS:
         assert (DOCS / f"{pages.get(name, name)}.md").is_file(), name
     for name in ("caption", "vqa", "ground", "t2i", "seg2img", "story", "data"):
