@@ -38,8 +38,9 @@ def test_frechet_against_scipy(rows):
     (ma, ca), (mb, cb) = frechet.moments(x), frechet.moments(y)
     roots = sqrtm(ca @ cb).trace() if rows > 8 else np.sqrt(np.maximum(np.real(eigvals(ca @ cb)), 1e-14)).sum()
     theirs = ((ma - mb) ** 2).sum() + np.trace(ca + cb) - 2 * np.real(roots)
-    assert frechet.frechet(ma, ca, mb, cb) == pytest.approx(theirs, abs=2e-6)
-    assert frechet.distance(x, y)[0] == pytest.approx(theirs, abs=2e-6)
+    close = 1e-6 if rows > 8 else 2e-6  # of a singular matrix the eigenvalues themselves are not known better
+    assert frechet.frechet(ma, ca, mb, cb) == pytest.approx(theirs, abs=close)
+    assert frechet.distance(x, y)[0] == pytest.approx(theirs, abs=close)
 
 
 def test_both_ways_to_the_distance_agree_and_a_set_is_at_no_distance_from_itself():
