@@ -314,6 +314,28 @@ def test_parquet_tables_and_documents(source, tmp_path):
     assert dropped == {"texts_do_not_match": 1}
 
 
+def test_a_repeated_id_leaves_the_picture_of_the_first_row_alone(source, tmp_path):
+    import pyarrow
+    from pyarrow import parquet
+
+    pictures = [bytes(png((200, 0, 0))), bytes(png((0, 0, 200)))]
+    (source / "tars").mkdir()
+    for number, content in enumerate(pictures):  # keys start again in every tar
+        with tarfile.open(source / f"tars/{number}.tar", "w") as tar:
+            for name in ("0.png", f"own{number}.png"):
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    column = [{"bytes": content, "path": None} for content in pictures]
+    parquet.write_table(pyarrow.table({"id": ["0", "0"], "image": column}), source / "twice.parquet")
+    for form, path in (("webdataset", source / "tars"), ("parquet", source / "twice.parquet")):
+        made, dropped = imported(form, path, tmp_path / form)
+        assert dropped == {"duplicate_id": 1} and made[0]["id"] == "0"
+        with Image.open(tmp_path / form / made[0]["image"]) as picture:
+            assert picture.getpixel((5, 5)) == (200, 0, 0)
+        assert json.loads((tmp_path / form / "import.json").read_text())["images"] == len(made)
+
+
 # -- common to all -----------------------------------------------------------------------------------------------------
 
 

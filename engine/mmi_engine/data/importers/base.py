@@ -83,6 +83,7 @@ class Sink:
         self.source, self.out, self.options = source, out, options
         self.folder = options.images or (source if source.is_dir() else source.parent)
         self.report = Report()
+        self.ids: set[str] = set()  # of the rows that are in the manifest
         self._stems = Stems()
 
     def drop(self, reason: str) -> None:
@@ -125,7 +126,7 @@ class Sink:
         """Write a picture that lies inside another file; its name in the manifest.
 
         Raises:
-            Drop: it cannot be decoded (`image_unreadable`).
+            Drop: it cannot be decoded (`image_unreadable`); see also `save_picture`.
         """
         from mmi_engine.data.images import decode
         from mmi_engine.errors import ImageError
@@ -137,7 +138,13 @@ class Sink:
         return self.save_picture(item_id, picture, number)
 
     def save_picture(self, item_id: str, picture: Any, number: int | None = None) -> str:
-        """Write a PIL picture as PNG; its name in the manifest."""
+        """Write a PIL picture as PNG; its name in the manifest.
+
+        Raises:
+            Drop: a row with this id is there, and so may be its picture (`duplicate_id`).
+        """
+        if item_id in self.ids:
+            raise Drop("duplicate_id")
         self._stems.add(item_id)
         stem = self._stems[item_id]
         name = f"images/{stem}.png" if number is None else f"images/{stem}/{number:02d}.png"
@@ -215,10 +222,9 @@ def run_import(
 
 def _unique(rows: Iterator[dict[str, Any]], sink: Sink) -> Iterator[dict[str, Any]]:
     """Rows with an id that occurred before are dropped."""
-    seen: set[str] = set()
     for row in rows:
-        if row["id"] in seen:
+        if row["id"] in sink.ids:
             sink.drop("duplicate_id")
             continue
-        seen.add(row["id"])
+        sink.ids.add(row["id"])
         yield row
