@@ -199,6 +199,11 @@ def test_suites_are_listed_and_ask_for_what_they_need(tmp_path, capsys):
             ["--suite", "vqav2", "--out", str(tmp_path)],
             "vqav2.jsonl; name its folder with --data DATA; get it by mmi data import vqa",
         ),
+        (
+            ["--suite", "vqav2", "--data", str(tmp_path), "--out", str(tmp_path)],
+            f'"{tmp_path}" holds no manifest of --suite vqav2: vqav2.jsonl; name the folder they are in',
+        ),
+        (["--suite", "paper", "--data", str(tmp_path), "--out", str(tmp_path)], "holds no manifest of --suite paper"),
         (["--suite", "nope", "--out", str(tmp_path)], 'no suite "nope"; choose from ade20k'),
         (["--suite", "toon", "--out", str(tmp_path), "--tasks", "dance"], "no such task in toon; caption"),
     ):
