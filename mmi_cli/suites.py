@@ -51,7 +51,10 @@ def run(options: dict[str, Any]) -> int:
     rows: list[dict[str, Any]] = []
     code = 0
     for found, part in parts:
-        cards, remarks = _part(found, part, options, shared)
+        try:
+            cards, remarks = _part(found, part, options, shared)
+        except ManifestError as error:  # the other parts' numbers must not be lost for it
+            cards, remarks, code = [None] * len(part.goals), [f"not scored: {error}"], 3
         code = max(code, evaluating.exit_code([card for card in cards if card is not None]))
         code = max(code, 3 if any(remark.startswith("--metric") for remark in remarks) else 0)
         rows += _rows(found, part, cards, remarks)
