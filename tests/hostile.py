@@ -262,6 +262,8 @@ TASKS = [
     Case("options of another type", {**GOOD["vqa"], "options": [1, 2]}, "bad_options", "vqa"),
     Case("history without an answer", {**GOOD["vqa"], "history": [{"question": "x"}]}, "bad_history", "vqa"),
     Case("shots that are no list", {**GOOD["vqa"], "shots": {"image": "good.png"}}, "bad_shots", "vqa"),
+    Case("messages that are null beside a question", {**GOOD["vqa"], "messages": None}, None, "vqa"),
+    Case("messages that are null beside a picture", {"image": "good.png", "messages": None}),
     Case("no expression", {"image": "good.png"}, "no_expression", "ground"),
     Case("a map with values that are no class", {"segmentation": "bad.png", "prompt": "x"}, "bad_map", "seg2img",
          put(lambda: encoded(Image.new("L", (9, 9), 200), "PNG"))),
