@@ -336,6 +336,21 @@ def test_a_repeated_id_leaves_the_picture_of_the_first_row_alone(source, tmp_pat
         assert json.loads((tmp_path / form / "import.json").read_text())["images"] == len(made)
 
 
+def test_half_a_surrogate_pair_drops_its_row_alone(source, tmp_path):
+    rows = [{"id": "x", "messages": [turn("user", {"type": "text", "text": text})]} for text in ("\ud800", "sound")]
+    (source / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    made, dropped = imported("messages", source / "chats.jsonl", tmp_path / "chats")
+    assert dropped == {"bad_encoding": 1} and made[0]["messages"][0]["content"][0]["text"] == "sound"
+    content = (source / "a.jpg").read_bytes()
+    with tarfile.open(source / "names.tar", "w", format=tarfile.GNU_FORMAT) as tar:
+        for name in ("caf\udce9.jpg", "sound.jpg"):
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    made, dropped = imported("webdataset", source / "names.tar", tmp_path / "names")
+    assert dropped == {"bad_encoding": 1} and [row["id"] for row in made] == ["sound"]
+
+
 # -- common to all -----------------------------------------------------------------------------------------------------
 
 
