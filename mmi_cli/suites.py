@@ -40,15 +40,24 @@ def run(options: dict[str, Any]) -> int:
             f"--suite {options['suite']} needs your data: {_data(suites[0])}",
             remedy=f"name its folder with --data DATA; get it by {suites[0].format}",
         )
+    parts = [(found, part) for found in suites for part in _parts(found, options)]
+    if not any(found.makes or _manifest(found, part, options)[0].is_file() for found, part in parts):
+        names = _data(suites[0]) + (", …" if len(suites) > 1 else "")
+        raise UsageError(
+            f'"{options["data"]}" holds no manifest of --suite {options["suite"]}: {names}',
+            remedy="name the folder they are in with --data DATA; mmi eval --suite ls lists them",
+        )
     shared: dict[str, Any] = {}
     rows: list[dict[str, Any]] = []
     code = 0
-    for found in suites:
-        for part in _parts(found, options):
+    for found, part in parts:
+        try:
             cards, remarks = _part(found, part, options, shared)
-            code = max(code, evaluating.exit_code([card for card in cards if card is not None]))
-            code = max(code, 3 if any(remark.startswith("--metric") for remark in remarks) else 0)
-            rows += _rows(found, part, cards, remarks)
+        except ManifestError as error:  # the other parts' numbers must not be lost for it
+            cards, remarks, code = [None] * len(part.goals), [f"not scored: {error}"], 3
+        code = max(code, evaluating.exit_code([card for card in cards if card is not None]))
+        code = max(code, 3 if any(remark.startswith("--metric") for remark in remarks) else 0)
+        rows += _rows(found, part, cards, remarks)
     _print(rows, options["out"], suites)
     return code
 

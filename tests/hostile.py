@@ -8,6 +8,7 @@ item must then be done.
 from __future__ import annotations
 
 import base64
+import csv
 import io
 import json
 import os
@@ -32,7 +33,7 @@ class Case:
         code: of errors.jsonl; None for an item that is done.
         command: which command reads it.
         make: writes the files that the row names into the manifest's folder.
-        kind: section of the table.
+        kind: section of the table; the row of a ``table`` is one cell of a CSV.
     """
 
     name: str
@@ -41,6 +42,11 @@ class Case:
     command: str = "caption"
     make: Callable[[Path], None] | None = None
     kind: str = "row"
+
+    @property
+    def manifest(self) -> str:
+        """The manifest's file name."""
+        return "m.csv" if self.kind == "table" else "m.jsonl"
 
 
 GOOD: dict[str, dict[str, Any]] = {
@@ -211,6 +217,19 @@ LINES = [
     Case("a seed beyond 63 bits", {"image": "good.png", "seed": 2**63}, "bad_seed"),
 ]
 
+CELLS = [
+    Case(name, {column: text}, code, kind="table")
+    for name, column, text, code in (
+        ("a cell of 100 000 brackets", "meta", "[" * 100_000, "bad_json"),
+        ("a cell with NaN", "meta", "[NaN, 1]", "bad_json"),
+        ("a cell with a number beyond floats", "meta", "[1e999]", "bad_json"),
+        ("a cell with half a surrogate pair", "meta", '{"a": "\\ud800"}', "bad_encoding"),
+        ("a cell that begins like JSON and is text", "meta", "[sic] {a}", None),
+        ("a seed of 5000 digits in a table", "seed", "9" * 5000, "bad_seed"),
+        ("a seed that is ²", "seed", "²", "bad_seed"),
+    )
+]
+
 IDS = [
     Case(f"id {name}", {"id": value, "prompt": "x"}, command="t2i", kind="id")
     for name, value in {
@@ -243,6 +262,8 @@ TASKS = [
     Case("options of another type", {**GOOD["vqa"], "options": [1, 2]}, "bad_options", "vqa"),
     Case("history without an answer", {**GOOD["vqa"], "history": [{"question": "x"}]}, "bad_history", "vqa"),
     Case("shots that are no list", {**GOOD["vqa"], "shots": {"image": "good.png"}}, "bad_shots", "vqa"),
+    Case("messages that are null beside a question", {**GOOD["vqa"], "messages": None}, None, "vqa"),
+    Case("messages that are null beside a picture", {"image": "good.png", "messages": None}),
     Case("no expression", {"image": "good.png"}, "no_expression", "ground"),
     Case("a map with values that are no class", {"segmentation": "bad.png", "prompt": "x"}, "bad_map", "seg2img",
          put(lambda: encoded(Image.new("L", (9, 9), 200), "PNG"))),
@@ -256,11 +277,12 @@ TASKS = [
     Case("a chat without roles", {"messages": [{"content": "x"}]}, "bad_messages", "story"),
 ]  # fmt: skip
 
-CASES = [*PICTURES, *REFERENCES, *LINES, *IDS, *TASKS]
+CASES = [*PICTURES, *REFERENCES, *LINES, *TASKS, *CELLS, *IDS]
 SECTIONS = {
     "picture": "Pictures",
     "reference": "References to pictures",
     "row": "Lines and rows",
+    "table": "Cells of a CSV",
     "id": "Ids",
 }
 
@@ -268,6 +290,13 @@ SECTIONS = {
 def lines_of(case: Case) -> bytes:
     """A manifest with the case between two good rows."""
     good = GOOD[case.command]
+    if case.kind == "table":
+        rows = [{"id": "first", **good}, {"id": "bad", **good, **case.row}, {"id": "last", **good}]
+        stream = io.StringIO()
+        writer = csv.DictWriter(stream, ["id", *good, *case.row])
+        writer.writeheader()
+        writer.writerows(rows)
+        return stream.getvalue().encode()
     row = case.row if isinstance(case.row, bytes) else json.dumps({"id": "bad", **case.row}).encode()
     return b"\n".join([json.dumps({"id": "first", **good}).encode(), row, json.dumps({"id": "last", **good}).encode()])
 

@@ -166,6 +166,28 @@ def test_one_answer_alone_is_no_vqa_accuracy(tmp_path, capsys):
     assert code == 0 and "exact match  100.00 %" in out
 
 
+@pytest.mark.parametrize("value", ([1], {}, "1", 2, -0.1))
+def test_how_answerable_a_question_is_held_is_a_number_or_the_item_is_unusable(tmp_path, capsys, value):
+    truth = [{"id": k, "answers": ["red"] * 10, "answerable": 1} for k in "ab"]
+    said = [{"id": "a", "answer": "red", "answerable": 0.5}, {"id": "b", "answer": "red", "answerable": value}]
+    reference = write(tmp_path / "r.jsonl", truth)
+    code, out, err = run(capsys, write(tmp_path / "o.jsonl", said), reference, "--metric", "vizwiz")
+    assert code == 3 and "unusable 1" in out and 'o.jsonl:2: "answerable" must be a number from 0 to 1' in err
+
+
+def test_odd_fields_of_one_item_do_not_cost_the_page_of_the_worst(tmp_path, references, capsys):
+    for name in CAPTIONS:
+        picture(tmp_path / f"{name}.png", 1)
+    odd = {"a": {"frames": 5}, "b": {"frames": [{"image": "x.png", "generated": 5}]}, "c": {"box": [{}, 0, 1, 2]}}
+    said = [{"id": k, "caption": SAID[k], **odd[k]} for k in CAPTIONS]
+    write(tmp_path / "out" / "results.jsonl", said)
+    code, out, err = run(capsys, tmp_path / "out", references, "--metric", "rouge")
+    assert code == 0, err
+    page = (tmp_path / "out" / "worst.html").read_text()
+    assert all(f"<h2>{name}<small>" in page for name in CAPTIONS) and page.count("cannot be shown") == 2
+    assert SAID["a"] in page  # frames that are no list are none
+
+
 def test_comparison_with_plot_and_galleries(tmp_path, references, capsys):
     captions(tmp_path / "A" / "results.jsonl")
     captions(tmp_path / "B" / "results.jsonl", b=CAPTIONS["b"][0], c=CAPTIONS["c"][0])

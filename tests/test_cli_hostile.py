@@ -62,10 +62,10 @@ def test_each_has_its_code_and_the_others_are_unharmed(case, tmp_path, clean):
     prepare(folder)
     if case.make:
         case.make(folder)
-    (folder / "m.jsonl").write_bytes(lines_of(case))
+    (folder / case.manifest).write_bytes(lines_of(case))
     out = tmp_path / "deep" / "out"
     before = everything(tmp_path, out)
-    code = main([case.command, str(folder / "m.jsonl"), "--out", str(out), "-q"])
+    code = main([case.command, str(folder / case.manifest), "--out", str(out), "-q"])
     assert everything(tmp_path, out) - before == {out.parent}, "something was written outside the directory"
     errors = results(out, "errors")
     assert code == (3 if case.code else 0)

@@ -314,6 +314,43 @@ def test_parquet_tables_and_documents(source, tmp_path):
     assert dropped == {"texts_do_not_match": 1}
 
 
+def test_a_repeated_id_leaves_the_picture_of_the_first_row_alone(source, tmp_path):
+    import pyarrow
+    from pyarrow import parquet
+
+    pictures = [bytes(png((200, 0, 0))), bytes(png((0, 0, 200)))]
+    (source / "tars").mkdir()
+    for number, content in enumerate(pictures):  # keys start again in every tar
+        with tarfile.open(source / f"tars/{number}.tar", "w") as tar:
+            for name in ("0.png", f"own{number}.png"):
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    column = [{"bytes": content, "path": None} for content in pictures]
+    parquet.write_table(pyarrow.table({"id": ["0", "0"], "image": column}), source / "twice.parquet")
+    for form, path in (("webdataset", source / "tars"), ("parquet", source / "twice.parquet")):
+        made, dropped = imported(form, path, tmp_path / form)
+        assert dropped == {"duplicate_id": 1} and made[0]["id"] == "0"
+        with Image.open(tmp_path / form / made[0]["image"]) as picture:
+            assert picture.getpixel((5, 5)) == (200, 0, 0)
+        assert json.loads((tmp_path / form / "import.json").read_text())["images"] == len(made)
+
+
+def test_half_a_surrogate_pair_drops_its_row_alone(source, tmp_path):
+    rows = [{"id": "x", "messages": [turn("user", {"type": "text", "text": text})]} for text in ("\ud800", "sound")]
+    (source / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    made, dropped = imported("messages", source / "chats.jsonl", tmp_path / "chats")
+    assert dropped == {"bad_encoding": 1} and made[0]["messages"][0]["content"][0]["text"] == "sound"
+    content = (source / "a.jpg").read_bytes()
+    with tarfile.open(source / "names.tar", "w", format=tarfile.GNU_FORMAT) as tar:
+        for name in ("caf\udce9.jpg", "sound.jpg"):
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    made, dropped = imported("webdataset", source / "names.tar", tmp_path / "names")
+    assert dropped == {"bad_encoding": 1} and [row["id"] for row in made] == ["sound"]
+
+
 # -- common to all -----------------------------------------------------------------------------------------------------
 
 

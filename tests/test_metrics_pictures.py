@@ -7,10 +7,11 @@ import json
 import numpy as np
 import pytest
 import torch
+from hostile import bomb
 from PIL import Image
 
 from mmi_engine.data.images import ImageLoader
-from mmi_engine.errors import ModelError
+from mmi_engine.errors import ImageError, ModelError
 from mmi_engine.metrics import features, miou, pixels
 from mmi_engine.metrics.base import Options
 from mmi_engine.metrics.pictures import Source
@@ -93,9 +94,18 @@ def test_label_maps_are_ids_or_refused(tmp_path):
     loader = ImageLoader(tmp_path)
     assert np.array_equal(miou.load_labels(loader, "l.png"), labels)
     assert miou.load_labels(loader, "i.png").max() == 11000
-    for name, words in (("c.png", "colour picture"), ("gone.png", "not found")):
-        with pytest.raises(Exception, match=words):
+    (tmp_path / "bomb.png").write_bytes(bomb(30_000, 30_000))
+    (tmp_path / "folder").mkdir()
+    for name, words in (
+        ("c.png", "colour picture"),
+        ("gone.png", "not found"),
+        ("bomb.png", "million pixels"),
+        ("a\0b.png", "not found"),
+        ("folder", "not a file"),
+    ):
+        with pytest.raises(ImageError, match=words) as raised:
             miou.load_labels(loader, name)
+        assert str(tmp_path) not in str(raised.value)
 
 
 def test_psnr_and_ssim():

@@ -190,6 +190,24 @@ def test_a_suite_of_ones_own_generates_scores_and_prints_the_table(tmp_path, tin
     assert main(arguments) == code and "3 of 3 done before" in capsys.readouterr().err
 
 
+def test_a_broken_row_of_one_manifest_leaves_the_other_parts_their_scores(tmp_path, tiny, capsys):
+    Image.new("RGB", (32, 32), (200, 30, 30)).save(tmp_path / "a.png")
+    rows = [json.dumps({"id": str(k), "image": "a.png", "captions": ["a red picture"]}) + "\n" for k in range(2)]
+    (tmp_path / "broken.jsonl").write_text(rows[0] + "{no json\n")
+    (tmp_path / "sound.jsonl").write_text("".join(rows))
+    (tmp_path / "own.toml").write_text(
+        'title = "Mine"\ntask = "caption"\n[decoding]\nbeams = 1\nmin_new_tokens = 0\nmax_new_tokens = 3\n'
+        '[[part]]\ndata = "broken"\n[[part.score]]\nmetric = "rouge"\n'
+        '[[part]]\ndata = "sound"\n[[part.score]]\nmetric = "rouge"\n'
+    )
+    arguments = ["eval", "--suite", str(tmp_path / "own.toml"), "--data", str(tmp_path), "--out", str(tmp_path / "out")]
+    code = main([*arguments, "--model", tiny, "--device", "cpu", "--threads", "1", "--resamples", "20"])
+    captured = capsys.readouterr()
+    assert code == 3 and "broken: not scored: broken.jsonl:2: broken JSON" in captured.err, captured.err
+    content = json.loads((tmp_path / "out" / "suite.json").read_text())
+    assert ["value" in row for row in content["rows"]] == [False, True]
+
+
 def test_suites_are_listed_and_ask_for_what_they_need(tmp_path, capsys):
     assert main(["eval", "--suite", "ls"]) == 0
     assert "refcoco_testa.jsonl" in capsys.readouterr().out
@@ -199,6 +217,11 @@ def test_suites_are_listed_and_ask_for_what_they_need(tmp_path, capsys):
             ["--suite", "vqav2", "--out", str(tmp_path)],
             "vqav2.jsonl; name its folder with --data DATA; get it by mmi data import vqa",
         ),
+        (
+            ["--suite", "vqav2", "--data", str(tmp_path), "--out", str(tmp_path)],
+            f'"{tmp_path}" holds no manifest of --suite vqav2: vqav2.jsonl; name the folder they are in',
+        ),
+        (["--suite", "paper", "--data", str(tmp_path), "--out", str(tmp_path)], "holds no manifest of --suite paper"),
         (["--suite", "nope", "--out", str(tmp_path)], 'no suite "nope"; choose from ade20k'),
         (["--suite", "toon", "--out", str(tmp_path), "--tasks", "dance"], "no such task in toon; caption"),
     ):

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from mmi_engine.copies import COPIES
+from mmi_engine.data import strict
 from mmi_engine.errors import ManifestError, RowError
 from mmi_engine.locks import STATE_DIR
 
@@ -164,8 +165,13 @@ def _object(header: list[str], cells: list[str]) -> dict[str, Any] | RowError:
             continue
         data[name] = cell
         if cell.lstrip().startswith(("[", "{")):
-            with contextlib.suppress(ValueError):  # a text may happen to begin with a bracket
-                data[name] = json.loads(cell)
+            try:
+                data[name] = strict.loads(cell)
+            except json.JSONDecodeError:
+                pass  # a text may happen to begin with a bracket
+            except RowError as error:
+                return RowError(f'column "{name}": {error.message}', remedy=error.remedy, code=error.code)
     if isinstance(data.get("seed"), str) and data["seed"].strip().isdigit():
-        data["seed"] = int(data["seed"])
+        with contextlib.suppress(ValueError):  # ², or thousands of digits: refused as the seed of any row
+            data["seed"] = int(data["seed"])
     return data

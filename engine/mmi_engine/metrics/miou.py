@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from mmi_engine.data.images import ImageLoader
+from mmi_engine.data.manifest import shorten
 from mmi_engine.errors import ImageError, ItemError, RowError
 from mmi_engine.metrics.base import Measure, Options, Scores, mean_measure
 from mmi_engine.metrics.fields import meta
@@ -32,24 +33,16 @@ def load_labels(loader: ImageLoader, name: Any) -> np.ndarray:
     Raises:
         ImageError: not there, not readable, or a colour picture.
     """
-    from PIL import Image, UnidentifiedImageError
-
     if not isinstance(name, str):
         raise RowError("a label map must be named by its path", code="bad_row")
-    try:
-        with Image.open(loader.root / name) as image:
-            if image.mode not in ("L", "P", "1", "I", "I;16", "I;16B"):
-                raise ImageError(
-                    f'"{name}" is a colour picture ({image.mode}), not a map of class ids',
-                    remedy='give class ids as a grey or palette PNG under "labels"',
-                    code="bad_map",
-                )
-            labels = np.asarray(image)
-    except FileNotFoundError:
-        raise ImageError(f'label map "{name}" not found', code="image_not_found") from None
-    except (OSError, UnidentifiedImageError) as error:
-        raise ImageError(f'label map "{name}" cannot be read: {error}', code="image_unreadable") from None
-    return labels.astype(np.int64)
+    image = loader.load_raw(name)
+    if image.mode not in ("L", "P", "1", "I", "I;16", "I;16B"):
+        raise ImageError(
+            f'"{shorten(name)}" is a colour picture ({image.mode}), not a map of class ids',
+            remedy='give class ids as a grey or palette PNG under "labels"',
+            code="bad_map",
+        )
+    return np.asarray(image).astype(np.int64)
 
 
 def counts(true: np.ndarray, said: np.ndarray | None, classes: int) -> np.ndarray:

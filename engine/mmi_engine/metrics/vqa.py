@@ -146,7 +146,7 @@ class VizWiz(Vqa):
         confidence = row.get("answerable")
         if confidence is None:
             confidence = float(normalise(answer) not in UNANSWERABLE)
-        if isinstance(confidence, str) or not 0.0 <= float(confidence) <= 1.0:
+        if not isinstance(confidence, (int, float)) or not 0.0 <= confidence <= 1.0:
             raise RowError('"answerable" must be a number from 0 to 1', code="bad_row")
         return answer, float(confidence)
 

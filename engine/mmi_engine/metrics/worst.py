@@ -78,11 +78,20 @@ def _section(card: Card, count: int) -> str:
     if measure is None or measure.parts is None:
         items = '<p class="item">a distance between sets has no worst item</p>'
     else:
-        items = "\n".join(_item(card.pairs[k], measure.name, float(measure.parts[k])) for k in indices)
+        items = "\n".join(_shown(card.pairs[k], measure.name, float(measure.parts[k])) for k in indices)
     return f"{title}\n{items}\n{table if lost else ''}"
 
 
-def _item(item: Pair, name: str, value: float) -> str:
+def _shown(item: Pair, name: str, value: float) -> str:
+    """One item, or why it cannot be shown: the metric read its own fields, and any other may hold anything."""
+    heading = f"<h2>{escape(item.id)}<small>{escape(name)} {value:.3f}</small></h2>"
+    try:
+        return f'<section class="item">{heading}{_strip(item)}</section>'
+    except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
+        return f'<section class="item">{heading}<p class="tag">cannot be shown: {escape(str(error))}</p></section>'
+
+
+def _strip(item: Pair) -> str:
     result = item.result or {}
     said = {key: result[key] for key in SAID if result.get(key) is not None}
     true = {key: item.reference[key] for key in TRUE if item.reference.get(key) is not None}
@@ -91,10 +100,7 @@ def _item(item: Pair, name: str, value: float) -> str:
     pictures += [_picture(item.made, reference, "made by the model", []) for reference in _made(result)]
     texts = "".join(f"<figcaption>{escape(_line(key, v))}</figcaption>" for key, v in true.items())
     texts += "".join(f'<figcaption class="made">{escape(_line(key, v))}</figcaption>' for key, v in said.items())
-    return (
-        f'<section class="item"><h2>{escape(item.id)}<small>{escape(name)} {value:.3f}</small></h2>'
-        f'<div class="strip">{"".join(pictures)}<figure>{texts}</figure></div></section>'
-    )
+    return f'<div class="strip">{"".join(pictures)}<figure>{texts}</figure></div>'
 
 
 def _line(key: str, value: Any) -> str:
@@ -105,15 +111,19 @@ def _true(row: dict[str, Any]) -> list[str]:
     """Pictures that a reference names, at most six: the whole true story where there is one."""
     story = meta(row, "images")
     found = story if isinstance(story, list) else [meta(row, "image"), row.get("segmentation")]
-    found = [*found, *(frame.get("image") for frame in row.get("frames") or [] if isinstance(frame, dict))]
+    found = [*found, *(frame.get("image") for frame in _frames(row))]
     return list(dict.fromkeys(name for name in found if isinstance(name, str)))[:6]
 
 
 def _made(row: dict[str, Any]) -> list[str]:
     """Pictures that the model made, at most six."""
-    frames = [frame for frame in row.get("frames") or [] if isinstance(frame, dict)]
-    found = [row.get("image"), *(f.get("image") for f in frames if "image" in f.get("generated", ["image"]))]
+    found = [row.get("image"), *(f.get("image") for f in _frames(row) if "image" in f.get("generated", ["image"]))]
     return [name for name in found if isinstance(name, str)][:6]
+
+
+def _frames(row: dict[str, Any]) -> list[dict[str, Any]]:
+    frames = row.get("frames")
+    return [frame for frame in frames if isinstance(frame, dict)] if isinstance(frames, list) else []
 
 
 def _picture(loader: ImageLoader, reference: str, tag: str, boxes: list[tuple[Any, str]]) -> str:

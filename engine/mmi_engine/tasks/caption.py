@@ -48,7 +48,7 @@ class CaptionTask:
 
     def read(self, row: Row, loader: ImageLoader) -> Job:
         """See `Task.read`."""
-        if "messages" in row.data:
+        if row.data.get("messages") is not None:
             return Job(row, [*chat_pieces(row.data["messages"], loader), Piece("text")])
         references = image_references(row.data)
         shots = [

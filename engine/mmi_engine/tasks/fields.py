@@ -109,7 +109,8 @@ def picture_panels(data: dict[str, Any], inputs: Sequence[str], texts: tuple[tup
         inputs: small copies, the row's own first.
         texts: (text, whether the model made it).
     """
-    own = len(inputs) if "messages" in data else (data.get("image") is not None) + len(data.get("images") or ())
+    chat = data.get("messages") is not None
+    own = len(inputs) if chat else (data.get("image") is not None) + len(data.get("images") or ())
     shown, examples = inputs[:own], inputs[own:]
     panels = [Panel(name) for name in shown[:-1]]
     panels.append(Panel(shown[-1] if shown else None, texts=texts))

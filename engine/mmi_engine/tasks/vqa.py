@@ -70,7 +70,7 @@ class VqaTask:
         """See `Task.read`."""
         options = tuple(text_list(row.data, "options", "bad_options") or ())
         missing = Piece("text", options=options)
-        if "messages" in row.data:
+        if row.data.get("messages") is not None:
             return Job(row, [*chat_pieces(row.data["messages"], loader), missing])
         references = image_references(row.data)
         texts = {"question": text_field(row.data, "question", default=self.question)}

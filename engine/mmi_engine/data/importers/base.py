@@ -83,6 +83,7 @@ class Sink:
         self.source, self.out, self.options = source, out, options
         self.folder = options.images or (source if source.is_dir() else source.parent)
         self.report = Report()
+        self.ids: set[str] = set()  # of the rows that are in the manifest
         self._stems = Stems()
 
     def drop(self, reason: str) -> None:
@@ -125,7 +126,7 @@ class Sink:
         """Write a picture that lies inside another file; its name in the manifest.
 
         Raises:
-            Drop: it cannot be decoded (`image_unreadable`).
+            Drop: it cannot be decoded (`image_unreadable`); see also `save_picture`.
         """
         from mmi_engine.data.images import decode
         from mmi_engine.errors import ImageError
@@ -137,7 +138,16 @@ class Sink:
         return self.save_picture(item_id, picture, number)
 
     def save_picture(self, item_id: str, picture: Any, number: int | None = None) -> str:
-        """Write a PIL picture as PNG; its name in the manifest."""
+        """Write a PIL picture as PNG; its name in the manifest.
+
+        Raises:
+            Drop: a row with this id is there, and so may be its picture (`duplicate_id`); an id that cannot be written
+                (`bad_encoding`).
+        """
+        if not _encodes(item_id):
+            raise Drop("bad_encoding")
+        if item_id in self.ids:
+            raise Drop("duplicate_id")
         self._stems.add(item_id)
         stem = self._stems[item_id]
         name = f"images/{stem}.png" if number is None else f"images/{stem}/{number:02d}.png"
@@ -195,8 +205,8 @@ def run_import(
         out.mkdir(parents=True, exist_ok=True)
         partial = out / f"{MANIFEST}.partial"
         with partial.open("w", encoding="utf-8", newline="\n") as stream:
-            for row in _unique(reader(sink), sink):
-                stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+            for line in _lines(reader(sink), sink):
+                stream.write(line)
                 sink.report.rows += 1
                 if sink.report.rows % 1000 == 0:
                     progress(sink.report.rows)
@@ -213,12 +223,23 @@ def run_import(
     return sink.report
 
 
-def _unique(rows: Iterator[dict[str, Any]], sink: Sink) -> Iterator[dict[str, Any]]:
-    """Rows with an id that occurred before are dropped."""
-    seen: set[str] = set()
+def _lines(rows: Iterator[dict[str, Any]], sink: Sink) -> Iterator[str]:
+    """Rows as the manifest holds them; dropped are those that it cannot hold, and ids that occurred before."""
     for row in rows:
-        if row["id"] in seen:
+        line = json.dumps(row, ensure_ascii=False) + "\n"
+        if not _encodes(line):
+            sink.drop("bad_encoding")
+        elif row["id"] in sink.ids:
             sink.drop("duplicate_id")
-            continue
-        seen.add(row["id"])
-        yield row
+        else:
+            sink.ids.add(row["id"])
+            yield line
+
+
+def _encodes(text: str) -> bool:
+    """Whether it can be written: half of a surrogate pair cannot."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
