@@ -309,6 +309,38 @@ def test_files_of_the_user_survive_and_unexplained_results_are_refused(tmp_path)
         go(manifest, out)
 
 
+def test_files_named_almost_like_a_runs_own_are_the_users(tmp_path):
+    """Neither a merge nor --overwrite reads, cuts or removes them, nor the pictures that they name."""
+    manifest, out = write(tmp_path / "m.jsonl", *stories(2)), tmp_path / "out"
+    row = json.dumps({"id": "s0", "image": "mine.png"}) + "\nno end"
+    names = ("results-backup.jsonl", "errors-old.jsonl", "results-4-of-2.jsonl", "results-1-of-1.jsonl")
+    mine = {name: row.encode() for name in (*names, "results2.jsonl", "index-old.html", "mine.png")}
+    out.mkdir()
+    for name, content in mine.items():
+        (out / name).write_bytes(content)
+    for options in (
+        {"part": Part(1, 2)},
+        {"part": Part(2, 2)},
+        {},
+        {"overwrite": True},
+        {"overwrite": True, "seed": 1},
+    ):
+        go(manifest, out, **options)
+        assert {name: (out / name).read_bytes() for name in mine} == mine
+    assert [row["id"] for row in lines(out / "results.jsonl")] == ["s0", "s1"]
+
+
+def test_without_run_json_nothing_that_rows_name_is_removed(tmp_path):
+    manifest, out = write(tmp_path / "m.jsonl", *stories(1)), tmp_path / "out"
+    out.mkdir()
+    write(out / "results.jsonl", {"id": "x", "image": "mine.png"})
+    for name in ("mine.png", "index-2.html"):
+        (out / name).write_text("mine")
+    go(manifest, out, overwrite=True)
+    assert [row["id"] for row in lines(out / "results.jsonl")] == ["s0"]
+    assert {(out / name).read_text() for name in ("mine.png", "index-2.html")} == {"mine"}
+
+
 def test_moving_manifest_and_images_together_changes_nothing(tmp_path):
     (tmp_path / "a").mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "a/x.png")
