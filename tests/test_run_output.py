@@ -218,6 +218,32 @@ def test_shards_limits_and_ids_in_any_order_end_in_the_same_bytes(tmp_path):
     assert tree(out) == tree(tmp_path / "whole")
 
 
+class Auto(FakeEngine):
+    """Leaves its number of threads to ``auto``: the recorded one, or that of this machine."""
+
+    def __init__(self, cores: int) -> None:
+        super().__init__()
+        self.cores = cores
+
+    def identity(self, rows, recorded, sample=None):
+        threads = recorded.get("settings", {}).get("threads", self.cores)
+        return {"model": "fake", "settings": {"threads": threads}}
+
+
+def test_overwriting_a_shard_elsewhere_keeps_the_others(tmp_path):
+    """What another machine would choose by itself is no other run; with other inputs it chooses for itself."""
+    manifest, out = write(tmp_path / "m.jsonl", *stories(9)), tmp_path / "out"
+    go(manifest, out, Auto(2), part=Part(1, 3))
+    kept = (out / "results-1-of-3.jsonl").read_bytes()
+    for _ in range(2):
+        assert not go(manifest, out, Auto(8), part=Part(2, 3), overwrite=True).merged
+        assert (out / "results-1-of-3.jsonl").read_bytes() == kept
+    assert go(manifest, out, Auto(8), part=Part(3, 3), overwrite=True).merged
+    go(manifest, out, Auto(8), part=Part(2, 3), overwrite=True, seed=1)
+    assert json.loads((out / "run.json").read_text())["identity"]["settings"] == {"threads": 8}
+    assert not (out / "results.jsonl").exists()
+
+
 def test_launched_processes_share_a_shard_evenly(tmp_path):
     manifest = write(tmp_path / "m.jsonl", *stories(10))
     counts = [go(manifest, tmp_path / "out", part=Part(1, 1, rank, 3)).new for rank in range(3)]

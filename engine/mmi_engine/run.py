@@ -169,7 +169,14 @@ class _Worker:
             self.out.open(self._identity(self._sample), overwrite=self.options.overwrite)
 
     def _identity(self, sample: Callable[[], Job | None] | None) -> dict[str, Any]:
-        recorded = {} if self.options.overwrite else self.out.read_run().get("identity", {})
+        """With the ``auto`` choices of run.json where all else agrees: no other part is lost to a choice made anew."""
+        recorded = self.out.read_run().get("identity", {})
+        identity = self._identity_after(recorded, sample)
+        if self.options.overwrite and recorded and identity != recorded:
+            return self._identity_after({}, sample)
+        return identity
+
+    def _identity_after(self, recorded: dict[str, Any], sample: Callable[[], Job | None] | None) -> dict[str, Any]:
         return {
             "task": {"name": self.task.name, **self.task.settings},
             "manifest": self.manifest.fingerprint(),
