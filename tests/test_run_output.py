@@ -22,7 +22,7 @@ from mmi_engine.errors import DeviceError, OutputBusyError, OutputMismatchError,
 from mmi_engine.locks import Part, PartLock, guard
 from mmi_engine.names import Stems, safe_stem
 from mmi_engine.run import RunOptions, run
-from mmi_engine.tasks import StoryTask
+from mmi_engine.tasks import StoryTask, VqaTask
 
 
 def write(path: Path, *rows: object) -> Path:
@@ -365,6 +365,17 @@ def test_without_run_json_nothing_that_rows_name_is_removed(tmp_path):
     go(manifest, out, overwrite=True)
     assert [row["id"] for row in lines(out / "results.jsonl")] == ["s0"]
     assert {(out / name).read_text() for name in ("mine.png", "index-2.html")} == {"mine"}
+
+
+def test_a_gallery_keeps_its_pictures_when_the_next_run_makes_none(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    rows = [{"id": f"s{n}", "image": "a.png", "question": "what?"} for n in range(2)]
+    manifest, out = write(tmp_path / "m.jsonl", *rows), tmp_path / "out"
+    go(manifest, out, task=VqaTask(), limit=1)
+    shown = {name: content for name, content in tree(out).items() if name.startswith("index")}
+    assert len(shown) == 3  # the page, the folder of small copies, and one of them
+    go(manifest, out, task=VqaTask(), gallery=False)
+    assert {name: content for name, content in tree(out).items() if name.startswith("index")} == shown
 
 
 def test_moving_manifest_and_images_together_changes_nothing(tmp_path):

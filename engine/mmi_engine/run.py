@@ -353,8 +353,8 @@ class _Worker:
             self.reporter.notice(text)
 
     def _write_gallery(self) -> None:
-        if self.directory is None:
-            return
+        if self.directory is None or not self.options.gallery:
+            return  # a gallery that is there already keeps its files
         directory, shown = self.directory, set[str]()
 
         def copies(item_id: str) -> list[str]:
@@ -362,7 +362,7 @@ class _Worker:
             shown.update(found)
             return found
 
-        if self.options.gallery and isinstance(self.out, OutputDir):
+        if isinstance(self.out, OutputDir):
             rows = (row for row in self.manifest.rows() if row.error is None)
             files = (directory / "results.jsonl", directory / "errors.jsonl")
             for name, page in gallery.pages(self.task, *files, rows=rows, copies=copies):
