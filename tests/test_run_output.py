@@ -252,6 +252,18 @@ def test_launched_processes_share_a_shard_evenly(tmp_path):
     assert tree(tmp_path / "out") == tree(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("chosen", [{"limit": 5}, {"ids": frozenset({"s1", "s4", "s8"})}, {"ids": frozenset({"s2"})}])
+def test_launched_processes_leave_what_one_would_of_a_selection(chosen, tmp_path):
+    manifest = write(tmp_path / "m.jsonl", *stories(3), "broken\n", *stories(10)[3:])
+    go(manifest, tmp_path / "one", **chosen)
+    merged = [go(manifest, tmp_path / "out", part=Part(1, 1, rank, 2), **chosen).merged for rank in (0, 1)]
+    assert merged[-1] and tree(tmp_path / "out") == tree(tmp_path / "one")
+    for options in ({"part": Part(1, 1, 0, 2)}, {"part": Part(1, 1, 1, 2)}):  # and all the rest later
+        go(manifest, tmp_path / "out", **options)
+    go(manifest, tmp_path / "whole")
+    assert tree(tmp_path / "out") == tree(tmp_path / "whole")
+
+
 def test_shards_at_the_same_time_in_processes_of_their_own(tmp_path):
     manifest = write(tmp_path / "m.jsonl", *stories(12), "broken\n")
     go(manifest, tmp_path / "whole")

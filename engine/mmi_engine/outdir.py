@@ -293,8 +293,8 @@ class OutputDir:
 
     # -- finishing --------------------------------------------------------------------------------------------------
 
-    def consolidate(self, order: Sequence[Entry], finish: Callable[[], None]) -> bool:
-        """Bring all parts into manifest order, if nothing is left to do or nobody else is at work on a part.
+    def consolidate(self, order: Sequence[Entry], finish: Callable[[], None], needed: Iterable[Entry]) -> bool:
+        """Bring all parts into manifest order; done by a part only once nothing is left to do of the rows `needed`.
 
         Every step is an atomic rename or a removal of what is already merged, so an interrupted merge is repeated by
         running any part again.
@@ -302,13 +302,14 @@ class OutputDir:
         Args:
             order: every manifest row, in order.
             finish: called with the merged files in place, before the part files go (the gallery).
+            needed: the rows that a part waits for, whoever works on them.
 
         Returns:
             whether it was done; False while other parts still have items to do.
         """
         with _disk(self.directory), guard(self.directory):
             self._index(live_parts_besides(self.directory, self.part))
-            if not self.part.whole and any(self.is_open(entry) for entry in order):
+            if not self.part.whole and any(self.is_open(entry) for entry in needed):
                 return False
             self._synchronise()
             for stream in self._streams.values():

@@ -140,15 +140,20 @@ class _Worker:
             raise Interrupted(f"interrupted after {self.summary.new} new items", remedy=again)
         if self.stopped_by is not None:
             raise StoppedError(str(self.stopped_by), remedy="fix it, or run with --on-error skip")
-        self.summary.merged = self.out.consolidate(self.order, self._write_gallery)
+        launched = self._of_the_launch()
+        needed = launched if self.options.part.shards == 1 else self.order  # a shard waits for all others
+        self.summary.merged = self.out.consolidate(self.order, self._write_gallery, needed)
         if self.options.part.world > 1 and self.summary.failed and not self.summary.merged:
-            self._wait_for_the_launch()
+            self._wait_for_the_launch(launched)
         return self.summary
 
-    def _wait_for_the_launch(self) -> None:
-        """A launcher ends all processes when one returns an error: who has failed items returns after the others."""
+    def _of_the_launch(self) -> list[Entry]:
+        """The rows that are selected for all processes launched together."""
         everyone = replace(self.options, part=replace(self.options.part, rank=0, world=1))
-        entries = list(select(self.order, everyone).values())
+        return list(select(self.order, everyone).values())
+
+    def _wait_for_the_launch(self, entries: list[Entry]) -> None:
+        """A launcher ends all processes when one returns an error: who has failed items returns after the others."""
         pause, alone_since = 0.2, time.monotonic()
         while isinstance(self.out, OutputDir):
             finished, others = self.out.complete(entries)
