@@ -121,6 +121,18 @@ def test_every_task_shows_what_was_asked_beside_what_came_out(tmp_path):
         assert boxes == (["left:25.00%;top:25.00%;width:50.00%;height:50.00%"] if name == "ground" else [])
 
 
+def test_an_item_that_cannot_be_shown_costs_no_other_its_place(tmp_path):
+    class Choosy(StoryTask):
+        def panels(self, result, data, inputs):
+            return super().panels(result, data, inputs) if result["id"] != "s1" else 1 / 0
+
+    build(tmp_path, [story(f"s{n}") for n in range(3)])
+    ((_, text),) = gallery.pages(Choosy(), tmp_path / "results.jsonl", tmp_path / "errors.jsonl")
+    page = Page(text)
+    assert [image["src"].split("/")[0] for image in page.all("img")] == ["s0", "s0", "s2", "s2"]
+    assert "cannot be shown" in page.words and [item["id"] for item in page.all("section")] == ["s0", "s1", "s2"]
+
+
 def test_thousands_of_items_stay_in_pages_a_browser_can_hold(tmp_path):
     results = "".join(json.dumps(story(f"s{n}")) + "\n" for n in range(5000))
     (tmp_path / "results.jsonl").write_text(results)

@@ -22,7 +22,7 @@ from mmi_engine.errors import DeviceError, OutputBusyError, OutputMismatchError,
 from mmi_engine.locks import Part, PartLock, guard
 from mmi_engine.names import Stems, safe_stem
 from mmi_engine.run import RunOptions, run
-from mmi_engine.tasks import StoryTask
+from mmi_engine.tasks import StoryTask, VqaTask
 
 
 def write(path: Path, *rows: object) -> Path:
@@ -218,10 +218,48 @@ def test_shards_limits_and_ids_in_any_order_end_in_the_same_bytes(tmp_path):
     assert tree(out) == tree(tmp_path / "whole")
 
 
+class Auto(FakeEngine):
+    """Leaves its number of threads to ``auto``: the recorded one, or that of this machine."""
+
+    def __init__(self, cores: int) -> None:
+        super().__init__()
+        self.cores = cores
+
+    def identity(self, rows, recorded, sample=None):
+        threads = recorded.get("settings", {}).get("threads", self.cores)
+        return {"model": "fake", "settings": {"threads": threads}}
+
+
+def test_overwriting_a_shard_elsewhere_keeps_the_others(tmp_path):
+    """What another machine would choose by itself is no other run; with other inputs it chooses for itself."""
+    manifest, out = write(tmp_path / "m.jsonl", *stories(9)), tmp_path / "out"
+    go(manifest, out, Auto(2), part=Part(1, 3))
+    kept = (out / "results-1-of-3.jsonl").read_bytes()
+    for _ in range(2):
+        assert not go(manifest, out, Auto(8), part=Part(2, 3), overwrite=True).merged
+        assert (out / "results-1-of-3.jsonl").read_bytes() == kept
+    assert go(manifest, out, Auto(8), part=Part(3, 3), overwrite=True).merged
+    go(manifest, out, Auto(8), part=Part(2, 3), overwrite=True, seed=1)
+    assert json.loads((out / "run.json").read_text())["identity"]["settings"] == {"threads": 8}
+    assert not (out / "results.jsonl").exists()
+
+
 def test_launched_processes_share_a_shard_evenly(tmp_path):
     manifest = write(tmp_path / "m.jsonl", *stories(10))
     counts = [go(manifest, tmp_path / "out", part=Part(1, 1, rank, 3)).new for rank in range(3)]
     assert sorted(counts) == [3, 3, 4]
+    go(manifest, tmp_path / "whole")
+    assert tree(tmp_path / "out") == tree(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("chosen", [{"limit": 5}, {"ids": frozenset({"s1", "s4", "s8"})}, {"ids": frozenset({"s2"})}])
+def test_launched_processes_leave_what_one_would_of_a_selection(chosen, tmp_path):
+    manifest = write(tmp_path / "m.jsonl", *stories(3), "broken\n", *stories(10)[3:])
+    go(manifest, tmp_path / "one", **chosen)
+    merged = [go(manifest, tmp_path / "out", part=Part(1, 1, rank, 2), **chosen).merged for rank in (0, 1)]
+    assert merged[-1] and tree(tmp_path / "out") == tree(tmp_path / "one")
+    for options in ({"part": Part(1, 1, 0, 2)}, {"part": Part(1, 1, 1, 2)}):  # and all the rest later
+        go(manifest, tmp_path / "out", **options)
     go(manifest, tmp_path / "whole")
     assert tree(tmp_path / "out") == tree(tmp_path / "whole")
 
@@ -307,6 +345,49 @@ def test_files_of_the_user_survive_and_unexplained_results_are_refused(tmp_path)
     (out / "run.json").unlink()
     with pytest.raises(OutputMismatchError, match=r"no run\.json"):
         go(manifest, out)
+
+
+def test_files_named_almost_like_a_runs_own_are_the_users(tmp_path):
+    """Neither a merge nor --overwrite reads, cuts or removes them, nor the pictures that they name."""
+    manifest, out = write(tmp_path / "m.jsonl", *stories(2)), tmp_path / "out"
+    row = json.dumps({"id": "s0", "image": "mine.png"}) + "\nno end"
+    names = ("results-backup.jsonl", "errors-old.jsonl", "results-4-of-2.jsonl", "results-1-of-1.jsonl")
+    mine = {name: row.encode() for name in (*names, "results2.jsonl", "index-old.html", "mine.png")}
+    out.mkdir()
+    for name, content in mine.items():
+        (out / name).write_bytes(content)
+    for options in (
+        {"part": Part(1, 2)},
+        {"part": Part(2, 2)},
+        {},
+        {"overwrite": True},
+        {"overwrite": True, "seed": 1},
+    ):
+        go(manifest, out, **options)
+        assert {name: (out / name).read_bytes() for name in mine} == mine
+    assert [row["id"] for row in lines(out / "results.jsonl")] == ["s0", "s1"]
+
+
+def test_without_run_json_nothing_that_rows_name_is_removed(tmp_path):
+    manifest, out = write(tmp_path / "m.jsonl", *stories(1)), tmp_path / "out"
+    out.mkdir()
+    write(out / "results.jsonl", {"id": "x", "image": "mine.png"})
+    for name in ("mine.png", "index-2.html"):
+        (out / name).write_text("mine")
+    go(manifest, out, overwrite=True)
+    assert [row["id"] for row in lines(out / "results.jsonl")] == ["s0"]
+    assert {(out / name).read_text() for name in ("mine.png", "index-2.html")} == {"mine"}
+
+
+def test_a_gallery_keeps_its_pictures_when_the_next_run_makes_none(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    rows = [{"id": f"s{n}", "image": "a.png", "question": "what?"} for n in range(2)]
+    manifest, out = write(tmp_path / "m.jsonl", *rows), tmp_path / "out"
+    go(manifest, out, task=VqaTask(), limit=1)
+    shown = {name: content for name, content in tree(out).items() if name.startswith("index")}
+    assert len(shown) == 3  # the page, the folder of small copies, and one of them
+    go(manifest, out, task=VqaTask(), gallery=False)
+    assert {name: content for name, content in tree(out).items() if name.startswith("index")} == shown
 
 
 def test_moving_manifest_and_images_together_changes_nothing(tmp_path):

@@ -143,6 +143,8 @@ def test_decoding_defaults_are_the_published_ones():
         (VqaTask(), {"image": "a.png", "question": "x", "options": []}, "bad_options"),
         (VqaTask(), {"image": "a.png", "question": "x", "options": ["a", ""]}, "bad_options"),
         (VqaTask(), {"image": "a.png", "question": "x", "history": [{}]}, "bad_history"),
+        (VqaTask(), {"messages": [{"role": "user", "content": "x"}], "history": [1]}, "bad_history"),
+        (VqaTask(template="{image} {question}"), {"image": "a.png", "question": "x", "history": [1]}, "bad_history"),
         (VqaTask(template="{image}{question} {caption}"), {"image": "a.png", "question": "x"}, "bad_row"),
         (GroundTask(), {"image": "a.png"}, "no_expression"),
         (GroundTask(), {"images": ["a.png", "b.png"], "expression": "x"}, "bad_row"),

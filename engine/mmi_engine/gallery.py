@@ -8,6 +8,7 @@ or dark setting, and they are a pure function of the rows (no time, host or path
 from __future__ import annotations
 
 import json
+import logging
 import urllib.parse
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from html import escape
@@ -79,6 +80,8 @@ footer a { color: inherit; }
 @media print { .item { break-inside: avoid; box-shadow: none; } }
 """
 
+log = logging.getLogger(__name__)
+
 MADE = ' class="made"'
 
 TITLES = {
@@ -117,13 +120,22 @@ def pages(
         for number in range(1, count + 1):
             made = [json.loads(raw) for raw in islice(stream, ITEMS_PER_PAGE)]
             items = "\n".join(
-                _item(result, task.panels(result, _data_of(result["id"], asked), copies(result["id"])))
+                _item(result, _panels(task, result, _data_of(result["id"], asked), copies(result["id"])))
                 for result in made
             )
             listed = f'<div class="items">\n{items}\n</div>' if items else ""
             table = _error_table(errors, failed) if number == 1 and failed else ""
             nav = _nav(number, count)
             yield _page_name(number), _page(task.name, total, failed, f"{nav}\n{listed}\n{table}\n{nav}")
+
+
+def _panels(task: Task, result: dict[str, Any], data: dict[str, Any], inputs: Sequence[str]) -> list[Panel]:
+    """The item's panels; where they cannot be made, a note in their place: the other items are shown all the same."""
+    try:
+        return task.panels(result, data, inputs)
+    except Exception:
+        log.debug("no panels for %s", result["id"], exc_info=True)
+        return [Panel(texts=(("This item cannot be shown; it is in results.jsonl.", False),))]
 
 
 def _data_of(item_id: str, rows: Iterator[Row]) -> dict[str, Any]:

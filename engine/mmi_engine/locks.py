@@ -66,7 +66,11 @@ class Part:
         match = re.fullmatch(r"(\d+)-of-(\d+)(?:\.(\d+)-of-(\d+))?", label)
         if not match:
             return None
-        return cls(int(match[1]), int(match[2]), int(match[3] or 0), int(match[4] or 1))
+        try:
+            part = cls(int(match[1]), int(match[2]), int(match[3] or 0), int(match[4] or 1))
+        except UsageError:
+            return None
+        return part if part.label == label else None
 
     def owns_id(self, item_id: str) -> bool:
         """Whether the id hashes into this shard."""

@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 RESULTS, ERRORS, RUN = "results", "errors", "run.json"
+PAGE = re.compile(r"index(-\d+)?\.html", re.ASCII)  # what the gallery's pages are called
 SYNC_EVERY_S = 0.5  # rows of the last moments may be lost in a power cut; they are then made again
 
 
@@ -142,23 +144,40 @@ class OutputDir:
         return False
 
     def _wipe(self) -> None:
-        """Remove everything a former run left, and nothing else."""
+        """Remove what a former run left and nothing else; without its run.json its rows alone, not what they name."""
         self._clean([])
-        index = RowIndex("id")
-        for path in self.directory.glob("results*.jsonl"):
-            index.add_file(path, repair=False)
-        for raw in index.read(index):
-            self.remove_media(media_of(json.loads(raw)))
-        shutil.rmtree(self.directory / COPIES, ignore_errors=True)
-        for pattern in ("results*.jsonl", "errors*.jsonl", "index*.html", RUN):
-            for path in self.directory.glob(pattern):
+        if "identity" in self.read_run():
+            index = RowIndex("id")
+            for path, _ in self._own_files(RESULTS):
+                index.add_file(path, repair=False)
+            for raw in index.read(index):
+                self.remove_media(media_of(json.loads(raw)))
+            shutil.rmtree(self.directory / COPIES, ignore_errors=True)
+            for path in self.directory.glob("index*.html"):
+                if PAGE.fullmatch(path.name):
+                    path.unlink()
+        for kind in (RESULTS, ERRORS):
+            for path, _ in self._own_files(kind):
                 path.unlink()
+        (self.directory / RUN).unlink(missing_ok=True)
+
+    def _own_files(self, kind: str) -> list[tuple[Path, str]]:
+        """The files of rows that a run writes, with the labels of their parts; all others are the user's."""
+        found = []
+        for path in sorted(self.directory.glob(f"{kind}*.jsonl")):
+            label = path.name.removeprefix(kind).removesuffix(".jsonl")
+            part = Part.from_label(label.removeprefix("-")) if label.startswith("-") else None
+            if not label:
+                found.append((path, Part().label))
+            elif part is not None and not part.whole:
+                found.append((path, part.label))
+        return found
 
     def _clean(self, others: list[str]) -> None:
         """Scratch files of dead processes, and media whose row a kill prevented."""
         leftovers = list(self._state.glob("pending-*"))
         committed = RowIndex("id")
-        for path in self.directory.glob("results*.jsonl") if leftovers else ():
+        for path, _ in self._own_files(RESULTS) if leftovers else ():
             committed.add_file(path, repair=False)
         for path in leftovers:
             if path.name.removeprefix("pending-") not in others:
@@ -173,8 +192,7 @@ class OutputDir:
     def _index(self, others: list[str]) -> None:
         self.done, self.failed = RowIndex("id"), RowIndex("line")
         for kind, index in ((RESULTS, self.done), (ERRORS, self.failed)):
-            for path in sorted(self.directory.glob(f"{kind}*.jsonl")):
-                label = path.name.removeprefix(kind).removesuffix(".jsonl").removeprefix("-") or "1-of-1"
+            for path, label in self._own_files(kind):
                 index.add_file(path, repair=label not in others)
 
     # -- committing -------------------------------------------------------------------------------------------------
@@ -251,8 +269,7 @@ class OutputDir:
                 if drop is None or not any(drop(key) for key in index):
                     continue
                 self._streams[kind].close()
-                for path in self.directory.glob(f"{kind}*.jsonl"):
-                    label = path.name.removeprefix(kind).removesuffix(".jsonl").removeprefix("-")
+                for path, label in self._own_files(kind):
                     if label not in others:
                         self._filter(path, index.key, drop)
                 self._streams[kind] = self._files[kind].open("ab")
@@ -276,8 +293,8 @@ class OutputDir:
 
     # -- finishing --------------------------------------------------------------------------------------------------
 
-    def consolidate(self, order: Sequence[Entry], finish: Callable[[], None]) -> bool:
-        """Bring all parts into manifest order, if nothing is left to do or nobody else is at work on a part.
+    def consolidate(self, order: Sequence[Entry], finish: Callable[[], None], needed: Iterable[Entry]) -> bool:
+        """Bring all parts into manifest order; done by a part only once nothing is left to do of the rows `needed`.
 
         Every step is an atomic rename or a removal of what is already merged, so an interrupted merge is repeated by
         running any part again.
@@ -285,13 +302,14 @@ class OutputDir:
         Args:
             order: every manifest row, in order.
             finish: called with the merged files in place, before the part files go (the gallery).
+            needed: the rows that a part waits for, whoever works on them.
 
         Returns:
             whether it was done; False while other parts still have items to do.
         """
         with _disk(self.directory), guard(self.directory):
             self._index(live_parts_besides(self.directory, self.part))
-            if not self.part.whole and any(self.is_open(entry) for entry in order):
+            if not self.part.whole and any(self.is_open(entry) for entry in needed):
                 return False
             self._synchronise()
             for stream in self._streams.values():
@@ -301,8 +319,9 @@ class OutputDir:
             self._rewrite(final[ERRORS], self.failed.read(entry.line for entry in order))
             finish()
             for kind in (RESULTS, ERRORS):
-                for path in self.directory.glob(f"{kind}-*.jsonl"):
-                    path.unlink()
+                for path, label in self._own_files(kind):
+                    if label != Part().label:
+                        path.unlink()
             return True
 
     def complete(self, entries: Iterable[Entry]) -> tuple[bool, bool]:

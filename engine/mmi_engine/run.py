@@ -140,15 +140,20 @@ class _Worker:
             raise Interrupted(f"interrupted after {self.summary.new} new items", remedy=again)
         if self.stopped_by is not None:
             raise StoppedError(str(self.stopped_by), remedy="fix it, or run with --on-error skip")
-        self.summary.merged = self.out.consolidate(self.order, self._write_gallery)
+        launched = self._of_the_launch()
+        needed = launched if self.options.part.shards == 1 else self.order  # a shard waits for all others
+        self.summary.merged = self.out.consolidate(self.order, self._write_gallery, needed)
         if self.options.part.world > 1 and self.summary.failed and not self.summary.merged:
-            self._wait_for_the_launch()
+            self._wait_for_the_launch(launched)
         return self.summary
 
-    def _wait_for_the_launch(self) -> None:
-        """A launcher ends all processes when one returns an error: who has failed items returns after the others."""
+    def _of_the_launch(self) -> list[Entry]:
+        """The rows that are selected for all processes launched together."""
         everyone = replace(self.options, part=replace(self.options.part, rank=0, world=1))
-        entries = list(select(self.order, everyone).values())
+        return list(select(self.order, everyone).values())
+
+    def _wait_for_the_launch(self, entries: list[Entry]) -> None:
+        """A launcher ends all processes when one returns an error: who has failed items returns after the others."""
         pause, alone_since = 0.2, time.monotonic()
         while isinstance(self.out, OutputDir):
             finished, others = self.out.complete(entries)
@@ -169,7 +174,14 @@ class _Worker:
             self.out.open(self._identity(self._sample), overwrite=self.options.overwrite)
 
     def _identity(self, sample: Callable[[], Job | None] | None) -> dict[str, Any]:
-        recorded = {} if self.options.overwrite else self.out.read_run().get("identity", {})
+        """With the ``auto`` choices of run.json where all else agrees: no other part is lost to a choice made anew."""
+        recorded = self.out.read_run().get("identity", {})
+        identity = self._identity_after(recorded, sample)
+        if self.options.overwrite and recorded and identity != recorded:
+            return self._identity_after({}, sample)
+        return identity
+
+    def _identity_after(self, recorded: dict[str, Any], sample: Callable[[], Job | None] | None) -> dict[str, Any]:
         return {
             "task": {"name": self.task.name, **self.task.settings},
             "manifest": self.manifest.fingerprint(),
@@ -346,8 +358,8 @@ class _Worker:
             self.reporter.notice(text)
 
     def _write_gallery(self) -> None:
-        if self.directory is None:
-            return
+        if self.directory is None or not self.options.gallery:
+            return  # a gallery that is there already keeps its files
         directory, shown = self.directory, set[str]()
 
         def copies(item_id: str) -> list[str]:
@@ -355,7 +367,7 @@ class _Worker:
             shown.update(found)
             return found
 
-        if self.options.gallery and isinstance(self.out, OutputDir):
+        if isinstance(self.out, OutputDir):
             rows = (row for row in self.manifest.rows() if row.error is None)
             files = (directory / "results.jsonl", directory / "errors.jsonl")
             for name, page in gallery.pages(self.task, *files, rows=rows, copies=copies):

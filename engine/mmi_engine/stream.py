@@ -92,7 +92,7 @@ class StreamOut:
                 self._stream.write(ready)
         self._stream.flush()
 
-    def consolidate(self, order: Sequence[Entry], finish: Callable[[], None]) -> bool:
+    def consolidate(self, order: Sequence[Entry], finish: Callable[[], None], needed: Iterable[Entry]) -> bool:
         """All rows are out."""
         return True
 

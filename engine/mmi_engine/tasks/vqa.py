@@ -70,6 +70,7 @@ class VqaTask:
         """See `Task.read`."""
         options = tuple(text_list(row.data, "options", "bad_options") or ())
         missing = Piece("text", options=options)
+        history = _history(row.data)  # checked in every row, as the gallery shows it
         if row.data.get("messages") is not None:
             return Job(row, [*chat_pieces(row.data["messages"], loader), missing])
         references = image_references(row.data)
@@ -81,14 +82,13 @@ class VqaTask:
             for number, shot in enumerate(objects(row.data, "shots", "bad_shots"))
         ]
         dialogue = not self.own and ("history" in row.data or "caption" in texts)
-        rounds = _history(row.data) if dialogue else []
         pieces: list[Piece] = []
         for images, question, answer in shots:
             values = {"image": load_images(images, loader), "question": question}
             pieces += [*self.template.build(values), Piece("text", answer)]
         examples = pictures_of(pieces)
         pictures = load_images(references, loader)
-        pieces += _dialogue(pictures, texts, rounds) if dialogue else self.template.build({"image": pictures, **texts})
+        pieces += _dialogue(pictures, texts, history) if dialogue else self.template.build({"image": pictures, **texts})
         return Job(row, [*pieces, missing], shown=(*pictures_of(pictures), *examples))
 
     def output(self, job: Job, filled: Sequence[Piece], stem: str, image_size: int) -> Output:
