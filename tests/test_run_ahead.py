@@ -81,9 +81,10 @@ def test_a_writer_keeps_order_reports_the_first_error_and_does_nothing_after_it(
 
 
 def test_abandoning_drops_what_waits_and_finishes_what_runs():
-    gate, done = threading.Event(), []
+    begun, gate, done = threading.Event(), threading.Event(), []
     writer = Writer(9)
-    writer.do(lambda: (gate.wait(10), done.append("running")))
+    writer.do(lambda: (begun.set(), gate.wait(10), done.append("running")))
+    assert begun.wait(10)  # an action that has not begun would rightly be dropped
     for _ in range(5):
         writer.do(lambda: done.append("waiting"))
     threading.Timer(0.05, gate.set).start()
