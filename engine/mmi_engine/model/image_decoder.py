@@ -74,6 +74,30 @@ class ImageDecoder(nn.Module):
         positions = sincos_1d(torch.arange(hidden.shape[1], device=hidden.device), self.d_context).to(hidden.dtype)
         return self.context_resampler(self.context_proj(hidden) + positions, mask)
 
+    def forward(
+        self,
+        hidden: Tensor,
+        mask: Tensor,
+        features: list[Tensor],
+        visible: Tensor,
+        latents: Tensor,
+        noise_repeats: int = 1,
+        seeing: int | None = None,
+    ) -> Tensor:
+        """Mean loss of N pictures given their contexts: :meth:`context_tokens`, then :meth:`diffusion_loss`."""
+        weights = torch.full((len(latents),), 1 / len(latents), device=latents.device)
+        return self.diffusion_loss(
+            self.context_tokens(hidden, mask),
+            features,
+            visible,
+            latents=latents,
+            images=None,
+            weights=weights,
+            draws=Draws(),
+            noise_repeats=noise_repeats,
+            seeing=seeing,
+        ).loss
+
     def diffusion_loss(
         self,
         tokens: Tensor,
@@ -85,6 +109,7 @@ class ImageDecoder(nn.Module):
         weights: Tensor,
         draws: Draws,
         noise_repeats: int = 1,
+        seeing: int | None = None,
     ) -> DiffusionResult:
         """Mean squared error on noise or velocity, Eq. 3.
 
@@ -97,6 +122,7 @@ class ImageDecoder(nn.Module):
             weights: ``[N]`` multiplies every image's loss; the loss is their weighted sum.
             draws: random numbers; missing ones are drawn.
             noise_repeats: noise levels per image; context and features are computed once for all of them.
+            seeing: see :meth:`MMFSUNet.look`.
         """
         batch = len(tokens)
         uniform = draws.uncond_uniform if draws.uncond_uniform is not None else torch.rand_like(tokens[:, :1, :1])
@@ -106,7 +132,7 @@ class ImageDecoder(nn.Module):
             assert images is not None
             with torch.no_grad():
                 latents = self.codec.encode(images, draws.vae_noise)
-        vision = self.unet.look(features, visible)
+        vision = self.unet.look(features, visible, seeing)
         if noise_repeats > 1:
             latents, tokens = latents.repeat(noise_repeats, 1, 1, 1), tokens.repeat(noise_repeats, 1, 1)
             vision = None if vision is None else vision.repeat(noise_repeats, batch)

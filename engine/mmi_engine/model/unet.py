@@ -108,11 +108,17 @@ class MMFSUNet(nn.Module):
             blocks = [MMFSBlock(config, width, side, latent_side, d_value) for width, side in [*skips, skips[-1]]]
         self.mmfs_blocks = nn.ModuleList(blocks)
 
-    def look(self, features: list[Tensor], visible: Tensor) -> ImageVision | None:
-        """Project the maps F1..F4 ``[N, M, C, h_l, w_l]`` of the context images, ``visible`` ``[N, M]``."""
+    def look(self, features: list[Tensor], visible: Tensor, seeing: int | None = None) -> ImageVision | None:
+        """Project the maps F1..F4 ``[N, M, C, h_l, w_l]`` of the context images, ``visible`` ``[N, M]``.
+
+        ``seeing``: how many of the N see anything, where they are known to come first; else the device is asked.
+        """
         if not self.mmfs_blocks:
             return None
-        rows = visible.any(dim=1).nonzero().squeeze(1)
+        if seeing is None:
+            rows = visible.any(dim=1).nonzero().squeeze(1)
+        else:
+            rows = torch.arange(seeing, device=visible.device)
         flat = torch.cat([m[rows].flatten(3).transpose(2, 3) for m in features], dim=2)  # (R, M, S, C)
         shapes = [(m.shape[3], m.shape[4]) for m in features]
         return ImageVision([b.project_values(flat) for b in self.mmfs_blocks], shapes, visible[rows], rows)

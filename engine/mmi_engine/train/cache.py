@@ -33,6 +33,7 @@ from mmi_engine.errors import ConfigError
 logger = logging.getLogger(__name__)
 STORIES = 250
 FRAMES = 5
+SIDE = 128
 CAPTIONS = 2
 FORMAT = b"2"
 """Changes with the files' layout, so that old shards are not mistaken for new ones."""
@@ -163,8 +164,8 @@ def _draw_shard(job: tuple[Path, str, int]) -> None:
     if partial.exists():
         shutil.rmtree(partial)
     partial.mkdir()
-    pictures = np.empty((STORIES, FRAMES, 128, 128, 3), np.uint8)
-    maps = np.empty((STORIES, FRAMES, 128, 128), np.uint8)
+    pictures = np.empty((STORIES, FRAMES, SIDE, SIDE, 3), np.uint8)
+    maps = np.empty((STORIES, FRAMES, SIDE, SIDE), np.uint8)
     lines = []
     for row in range(STORIES):
         number = index * STORIES + row

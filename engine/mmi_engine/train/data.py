@@ -20,8 +20,17 @@ from torch import Tensor
 
 from mmi_engine.errors import ConfigError
 from mmi_engine.model.config import SpecialTokens
-from mmi_engine.sequence import NO_LOSS, InterleavedBatch, Piece, TextTokenizer, pad_rows, text_targets, tokenize
-from mmi_engine.train.cache import FRAMES, Cache
+from mmi_engine.sequence import (
+    NO_LOSS,
+    InterleavedBatch,
+    Piece,
+    TextTokenizer,
+    image_block,
+    pad_rows,
+    text_targets,
+    tokenize,
+)
+from mmi_engine.train.cache import FRAMES, SIDE, Cache
 
 SHORT_PROMPTS = ("a photo of", "Provide a one-sentence caption for the provided image.")
 LONG_PROMPTS = (
@@ -41,7 +50,7 @@ TRIES = 4
 
 @dataclass(frozen=True)
 class Reference:
-    """A picture of the cache: which array, story and frame."""
+    """A picture of the cache: which array, story and frame; of kind ``blank`` a black one that fills a row."""
 
     kind: str
     story: int
@@ -171,11 +180,13 @@ class Mixture:
 
     Args:
         cache: drawn pictures and texts, with latents under the array name ``latents``.
-        latents: name of the latents' array, see :meth:`mmi_engine.train.cache.Cache.encode`.
+        latents: name of the latents' array, see :meth:`mmi_engine.train.cache.Cache.encode`; ``None`` for batches
+            without.
         scale: what latents are multiplied by.
         weights: task → probability of being drawn next (a document that does not fit the row's end is dropped).
         row_tokens: longest row.
         per_image: placeholders of one image.
+        row_images: images of every row, see :class:`mmi_engine.train.recipe.DataConfig`; 0 for any number.
 
     Raises:
         ConfigError: unknown task, or no task with a positive weight.
@@ -184,7 +195,7 @@ class Mixture:
     def __init__(
         self,
         cache: Cache,
-        latents: str,
+        latents: str | None,
         scale: float,
         tokenizer: TextTokenizer,
         tokens: SpecialTokens,
@@ -193,6 +204,7 @@ class Mixture:
         seed: int,
         row_tokens: int,
         per_image: int,
+        row_images: int = 0,
     ) -> None:
         unknown = sorted(set(weights) - set(BUILDERS))
         if unknown or not any(weights.values()):
@@ -200,7 +212,7 @@ class Mixture:
             raise ConfigError(f"data.mixture: {what}", remedy=f"tasks: {', '.join(BUILDERS)}")
         self.cache, self.latents, self.scale = cache, latents, scale
         self.tokenizer, self.tokens = tokenizer, tokens
-        self.seed, self.row_tokens, self.per_image = seed, row_tokens, per_image
+        self.seed, self.row_tokens, self.per_image, self.row_images = seed, row_tokens, per_image, row_images
         self.tasks = [task for task, weight in weights.items() if weight]
         total = sum(weights.values())
         self.edges = np.cumsum([weights[task] / total for task in self.tasks])
@@ -225,7 +237,7 @@ class Mixture:
         while misses < TRIES:
             document = self.document(rng)
             ids = [*self._ids(document.pieces), self.tokens.eos]
-            if row.ids and len(row.ids) + len(ids) > self.row_tokens:
+            if row.ids and not self._fits(len(row.ids) + len(ids), len(row.images) + len(document.drawn)):
                 misses += 1
                 continue
             prompt = len(self._ids(document.pieces[: document.prompt])) if document.prompt else 0
@@ -234,6 +246,25 @@ class Mixture:
             row.images += [piece.value for piece in document.pieces if piece.kind == "image"]
             row.drawn += document.drawn
             row.names.append(document.name)
+        return self._filled(row)
+
+    def _fits(self, tokens: int, images: int) -> bool:
+        """Whether a row of so many tokens and images leaves room for the blank images it lacks."""
+        if self.row_images:
+            tokens += max(0, self.row_images - images) * len(self._blank)
+        return tokens <= self.row_tokens and (not self.row_images or images <= self.row_images)
+
+    @cached_property
+    def _blank(self) -> list[int]:
+        """A document of one image that nobody asks anything about."""
+        return [self.tokens.bos, *image_block(self.tokens, self.per_image), self.tokens.eos]
+
+    def _filled(self, row: Row) -> Row:
+        missing = max(0, self.row_images - len(row.images))
+        row.ids += self._blank * missing
+        row.silent += [True] * (len(self._blank) * missing)
+        row.images += [Reference("blank", 0, 0)] * missing
+        row.drawn += [False] * missing
         return row
 
     def _ids(self, pieces: list[Piece]) -> list[int]:
@@ -242,17 +273,20 @@ class Mixture:
     def batch(self, index: int, size: int) -> Batch:
         """Rows ``index·size`` … as one right-padded batch."""
         rows = [self.row(index * size + i) for i in range(size)]
-        ids, mask = pad_rows([row.ids for row in rows], self.tokens.pad)
-        silent, _ = pad_rows([[int(flag) for flag in row.silent] for row in rows], 1)
+        length = max(len(row.ids) for row in rows)
+        length = max(length, self.row_tokens) if self.row_images else length
+        ids, mask = pad_rows([row.ids for row in rows], self.tokens.pad, length=length)
+        silent, _ = pad_rows([[int(flag) for flag in row.silent] for row in rows], 1, length=length)
         targets = text_targets(ids, self.tokens).masked_fill(silent.bool(), NO_LOSS)
         references = [reference for row in rows for reference in row.images]
+        latent_rng = np.random.default_rng((self.seed, index, 1))
         inputs = InterleavedBatch(
             text_ids=ids,
             attention_mask=mask,
             images=self.pictures(references),
             image_counts=torch.tensor([len(row.images) for row in rows]),
             target_ids=targets,
-            latents=self.sampled_latents(references, np.random.default_rng((self.seed, index, 1))),
+            latents=None if self.latents is None else self.sampled_latents(references, latent_rng),
             image_loss_mask=torch.tensor([float(flag) for row in rows for flag in row.drawn]),
         )
         return Batch(inputs, [name for row in rows for name in row.names])
@@ -261,12 +295,16 @@ class Mixture:
         """uint8 ``[N, 128, 128, 3]``; semantic maps in their palette's colours."""
         arrays = []
         for reference in references:
+            if reference.kind == "blank":
+                arrays.append(np.zeros((SIDE, SIDE, 3), np.uint8))
+                continue
             array = self.cache.array(reference.kind, reference.story)[reference.frame]
             arrays.append(self.palette[array] if reference.kind == "maps" else array)
         return torch.from_numpy(np.stack(arrays))
 
     def sampled_latents(self, references: list[Reference], rng: np.random.Generator) -> Tensor:
-        """Scaled latents ``[N, C, h, w]``, a sample of the codec's posterior each; zeros for semantic maps."""
+        """Scaled latents ``[N, C, h, w]``, a sample of the codec's posterior each; zeros for all but pictures."""
+        assert self.latents is not None
         moments = np.stack([self.cache.array(self.latents, r.story)[r.frame] for r in references]).astype(np.float32)
         mean, deviation = np.split(moments, 2, axis=1)
         sample = mean + deviation * rng.standard_normal(mean.shape, dtype=np.float32)

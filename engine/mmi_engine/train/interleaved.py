@@ -54,6 +54,7 @@ class InterleavedObjective(nn.Module):
             pictures back, which are never as sharp as the ones it is trained on.
         dtype: in which forward and backward pass compute; the weights stay in float32 and are cast for every batch.
             Unlike autocast nothing in between goes back to float32, save softmax, statistics of norms and losses.
+        draw: False leaves the image decoder and its loss out.
     """
 
     def __init__(
@@ -62,13 +63,17 @@ class InterleavedObjective(nn.Module):
         noise_repeats: int,
         redrawn: float = 0.0,
         dtype: torch.dtype = torch.float32,
+        draw: bool = True,
     ) -> None:
         super().__init__()
         self.model, self.noise_repeats, self.redrawn, self.dtype = model, noise_repeats, redrawn, dtype
+        self.draw = draw
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Total loss, and L_NTP and L_NIP apart."""
-        inputs = self._as_drawn(batch.inputs) if self.redrawn and self.training else batch.inputs
+        inputs = redraw(self.model, batch.inputs, self.redrawn) if self.redrawn and self.training else batch.inputs
+        if not self.draw:
+            inputs = replace(inputs, latents=None)
         if self.dtype == torch.float32:
             output = self.model(inputs, noise_repeats=self.noise_repeats)
         else:
@@ -81,19 +86,23 @@ class InterleavedObjective(nn.Module):
             parts["image"] = output.loss_image.detach()
         return output.loss, parts
 
-    @torch.no_grad()
-    def _as_drawn(self, inputs: InterleavedBatch) -> InterleavedBatch:
-        """Some images replaced by what the codec makes of their latents, which are off by a little as in sampling."""
-        assert inputs.latents is not None
-        chosen = torch.rand(len(inputs.images), device=inputs.images.device) < self.redrawn
-        chosen &= inputs.latents.flatten(1).any(1)  # semantic maps have no latents
-        if not bool(chosen.any()):
-            return inputs
-        latents = inputs.latents[chosen]
-        drawn = self.model.codec.decode(latents + LATENT_ERROR * torch.randn_like(latents))
-        images = inputs.images.clone()
-        images[chosen] = drawn.to(images.dtype)
+
+@torch.no_grad()
+def redraw(model: MMInterleaved, inputs: InterleavedBatch, share: float) -> InterleavedBatch:
+    """A ``share`` of the images replaced by what the codec makes of their latents, off by a little as in sampling."""
+    assert inputs.latents is not None
+    chosen = torch.rand(len(inputs.images), device=inputs.images.device) < share
+    chosen &= inputs.latents.flatten(1).any(1)  # semantic maps have no latents
+    latents = inputs.latents + LATENT_ERROR * torch.randn_like(inputs.latents)
+    if inputs.latents.is_cuda:  # all of them, so that shapes repeat
+        drawn = model.codec.decode(latents)
+        images = torch.where(chosen[:, None, None, None], drawn.to(inputs.images.dtype), inputs.images)
         return replace(inputs, images=images)
+    if not bool(chosen.any()):
+        return inputs
+    images = inputs.images.clone()
+    images[chosen] = model.codec.decode(latents[chosen]).to(images.dtype)
+    return replace(inputs, images=images)
 
 
 class InterleavedTask:
@@ -109,15 +118,23 @@ class InterleavedTask:
         self.recipe = recipe
         torch.manual_seed(recipe.seed)  # fresh weights are the same in every process and run
         self.model = build_model(recipe)
-        self.module: nn.Module = InterleavedObjective(self.model, recipe.loss.noise_repeats, recipe.data.redrawn)
+        self.module: nn.Module = InterleavedObjective(
+            self.model,
+            recipe.loss.noise_repeats,
+            recipe.data.redrawn,
+            DTYPES[recipe.loop.precision],
+            draw=recipe.loss.image > 0,
+        )
         for parameter in self.model.codec.parameters():
             parameter.requires_grad_(False)
         self.model.to(PartialState().device)  # encoding what is missing may as well be fast
         key = codec_key(self.model.codec)
         encoder = posterior_moments(self.model.codec)
-        self.train, self.val = (self._mixture(cache, cache.encode(key, encoder, progress)) for cache in (train, val))
+        needed = recipe.loss.image > 0 or recipe.data.redrawn > 0
+        names = [cache.encode(key, encoder, progress) if needed else None for cache in (train, val)]
+        self.train, self.val = (self._mixture(*pair) for pair in zip((train, val), names, strict=True))
 
-    def _mixture(self, cache: Cache, latents: str) -> Mixture:
+    def _mixture(self, cache: Cache, latents: str | None) -> Mixture:
         return Mixture(
             cache,
             latents,
@@ -128,6 +145,7 @@ class InterleavedTask:
             seed=self.recipe.seed,
             row_tokens=self.recipe.data.row_tokens,
             per_image=self.model.config.tokens_per_image,
+            row_images=self.recipe.data.row_images,
         )
 
     def batch(self, index: int) -> Batch:
@@ -159,7 +177,7 @@ class InterleavedTask:
             for name, value in parts.items():
                 totals[name] += float(value) / batches
         torch.set_rng_state(state)
-        return totals
+        return totals if self.recipe.loss.image > 0 else {"text": totals["text"]}
 
     @torch.no_grad()
     def preview(self, path: Path) -> None:

@@ -45,7 +45,13 @@ class DataConfig:
     """Task → probability weight (``interleaved`` only)."""
     row_tokens: int = 256
     """Longest row of packed documents in tokens (``interleaved`` only); a longer document stands alone."""
-
+    row_images: int = 0
+    """Exactly this many images in every row, blank ones at its end where its documents hold fewer, and every row
+    padded to ``row_tokens``: shapes repeat, which GPUs want. 0 lets every batch be as large as it is."""
+    kept_rows: int = 2000
+    """Rows whose contexts and image features are computed at a time and kept on the device (``image_decoder``)."""
+    kept_steps: int = 1000
+    """Optimizer steps until they are replaced by those of the next rows."""
     redrawn: float = 0.0
     """Share of pictures that the encoder sees as the codec draws them, as it will its own (``interleaved`` only)."""
 
@@ -55,6 +61,8 @@ class DataConfig:
         _require(self.stories > 0 and self.workers > 0, "data.stories and data.workers must be positive")
         _require(self.loaders >= 0, "data.loaders must not be negative")
         _require(self.row_tokens > 0, "data.row_tokens must be positive")
+        _require(self.row_images >= 0, "data.row_images must not be negative")
+        _require(self.kept_rows > 0 and self.kept_steps > 0, "data.kept_rows and data.kept_steps must be positive")
         _require(all(weight >= 0 for weight in self.mixture.values()), "data.mixture weights must not be negative")
 
 
@@ -73,7 +81,7 @@ class LossConfig:
     text: float = 1.0
     """L_NTP, next-token prediction (``interleaved``)."""
     image: float = 10.0
-    """λ of L_NTP + λ L_NIP (paper Eq. 5)."""
+    """λ of L_NTP + λ L_NIP (paper Eq. 5); 0 leaves the image decoder out altogether."""
     noise_repeats: int = 1
     """Noise levels drawn per image and step; the context is computed once for all of them."""
 
@@ -129,6 +137,9 @@ class LoopConfig:
     precision: str = "fp32"
     """``fp32``, ``bf16`` (autocast) or ``bf16-pure`` (forward and backward pass in bf16 throughout; ``interleaved``
     only). Weights and optimizer stay fp32 in all of them."""
+    cuda_graph: bool = False
+    """Record the forward and backward pass once and replay it (``image_decoder`` on CUDA only): the host no longer
+    decides how fast small models train. Same numbers."""
     ema: float = 0.999
     """Decay of the averaged weights that are evaluated and exported; 0 switches averaging off."""
     threads: int = 0
@@ -155,7 +166,8 @@ class Recipe:
     """Everything a training run depends on except the code and the data's content."""
 
     task: str
-    """``vae`` (the image codec alone) or ``interleaved`` (the whole model, L_NTP + λ L_NIP)."""
+    """``vae`` (the image codec alone), ``interleaved`` (the whole model, L_NTP + λ L_NIP) or ``image_decoder`` (L_NIP
+    on contexts and features that the rest of the model, frozen, has computed before)."""
     name: str = ""
     seed: int = 0
     data: DataConfig = field(default_factory=DataConfig)
@@ -167,7 +179,8 @@ class Recipe:
     loop: LoopConfig = field(default_factory=LoopConfig)
 
     def __post_init__(self) -> None:
-        _require(self.task in ("vae", "interleaved"), "task must be 'vae' or 'interleaved'")
+        known = ("vae", "interleaved", "image_decoder")
+        _require(self.task in known, f"task must be one of {', '.join(known)}")
 
 
 @dataclass(frozen=True)

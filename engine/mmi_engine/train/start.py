@@ -83,9 +83,11 @@ def build_task(resolved: Resolved, report: Report, world: str | None = None) -> 
         from mmi_engine.train.vae import CodecTask
 
         return CodecTask(recipe, train_cache, val_cache)
+    from mmi_engine.train.image_decoder import ImageDecoderTask
     from mmi_engine.train.interleaved import InterleavedTask
 
-    return InterleavedTask(recipe, train_cache, val_cache, progress("encoding pictures"))
+    kind = ImageDecoderTask if recipe.task == "image_decoder" else InterleavedTask
+    return kind(recipe, train_cache, val_cache, progress("encoding pictures"))
 
 
 def _environment() -> dict[str, Any]:

@@ -1,0 +1,254 @@
+"""Task ``image_decoder``: L_NIP alone (paper Eq. 3), on contexts that the frozen rest of the model computes beforehand.
+
+    rows → frozen visual tokenizer and language model, once → hidden states, feature maps and latents on the device
+         → every step: a random choice of pictures → context resampler, U-Net with MMFS → image loss
+
+A step of joint training spends most of its time on what the image decoder only reads. Kept, it is computed once for
+thousands of steps; after ``data.kept_steps`` the next ``data.kept_rows`` rows take its place. Everything is a function
+of (seed, step), so a resumed run keeps the same rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from mmi_engine.model.image_decoder import ImageDecoder
+from mmi_engine.model.interleaved import MMInterleaved, previous_images
+from mmi_engine.sequence import decoder_visibility, image_contexts
+from mmi_engine.train.cache import Cache
+from mmi_engine.train.interleaved import DTYPES, InterleavedTask, redraw
+from mmi_engine.train.loader import stream
+from mmi_engine.train.recipe import Recipe
+
+KEEP_BATCH = 64
+"""Rows whose contexts are computed at a time."""
+KEEP_SEED = 7_000_003
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A micro-batch before it is looked up: ``draws`` ``[P]`` in [0, 1) choose among the pictures kept for ``turn``."""
+
+    turn: int
+    draws: np.ndarray
+
+    def pin_memory(self) -> Choice:
+        """Nothing to pin."""
+        return self
+
+
+@dataclass
+class Pictures:
+    """What the image decoder reads about P pictures.
+
+    hidden ``[P, K, d_llm]`` contexts, nearest first · mask ``[P, K]`` long · features maps ``[P, M, C, h_l, w_l]`` of
+    the images before · visible ``[P, M]`` · latents ``[P, C, h, w]`` scaled · seeing: how many see an image; they come
+    first.
+    """
+
+    hidden: Tensor
+    mask: Tensor
+    features: list[Tensor]
+    visible: Tensor
+    latents: Tensor
+    seeing: int
+
+
+class Kept:
+    """Contexts and features of some rows on the model's device, in ``dtype``; pictures to draw in two lists.
+
+    Pictures that see an image before them and those that see none are listed apart, so that every batch holds the same
+    number of each and its shapes repeat.
+    """
+
+    def __init__(self, model: MMInterleaved, dtype: torch.dtype) -> None:
+        self.model, self.dtype = model, dtype
+        self.hidden: list[Tensor] = []
+        self.features: list[list[Tensor]] = []
+        self.latents: list[Tensor] = []
+        self.records: list[tuple[Tensor, ...]] = []
+        self.images = self.rows = 0
+
+    @torch.no_grad()
+    def add(self, batch: Any, redrawn: float) -> None:
+        """Compute and keep one batch of rows (on the device)."""
+        inputs, model = batch.inputs, self.model
+        if redrawn:
+            inputs = redraw(model, inputs, redrawn)
+        visual = model.visual_tokenizer(inputs.images)
+        hidden = model.hidden_states(inputs, visual)
+        tokens, count = model.config.tokens, model.config.image_decoder.context_images
+        rows, columns, mask = image_contexts(inputs.text_ids, tokens)
+        visible = decoder_visibility(inputs.text_ids, tokens, count)
+        drawn = ((mask.sum(1) > 2) & inputs.image_loss_mask.bool()).nonzero().squeeze(1)
+        order = torch.arange(len(rows), device=rows.device)
+        before = previous_images(order + self.images, count)  # (ΣN, M) numbers of images
+        ends, lengths = columns[:, 0], mask.sum(1)
+        record = (rows + self.rows, ends, lengths, order + self.images, before, visible)
+        self.records.append(tuple(part[drawn] for part in record))
+        self.hidden.append(hidden.to(self.dtype))
+        self.features.append([maps.to(self.dtype) for maps in visual.features])
+        self.latents.append(inputs.latents.half())
+        self.images, self.rows = self.images + len(inputs.images), self.rows + len(hidden)
+
+    def close(self) -> None:
+        """Join what was added and sort the pictures into seeing and blind ones."""
+        length = max(part.shape[1] for part in self.hidden)
+        padded = [nn.functional.pad(part, (0, 0, 0, length - part.shape[1])) for part in self.hidden]
+        self.states = torch.cat(padded)  # (rows, T, d)
+        self.maps = [torch.cat(level) for level in zip(*self.features, strict=True)]
+        self.targets = torch.cat(self.latents)
+        self.row, self.end, self.length, self.image, self.before, self.visible = (
+            torch.cat(column) for column in zip(*self.records, strict=True)
+        )
+        sees = self.visible.any(dim=1)
+        self.seeing, self.blind = sees.nonzero().squeeze(1), (~sees).nonzero().squeeze(1)
+        self.hidden, self.features, self.latents, self.records = [], [], [], []
+
+    def count_seeing(self, pictures: int) -> int:
+        """How many of so many pictures see an image: the share among all that are kept, to the nearest eighth."""
+        share = len(self.seeing) / (len(self.seeing) + len(self.blind))
+        return round(round(share * 8) / 8 * pictures)
+
+    def numbers(self, draws: np.ndarray) -> Tensor:
+        """Draws in [0, 1) → pictures: the first ones among the seeing, the rest among the blind, in proportion."""
+        seeing = self.count_seeing(len(draws))
+        uniform = torch.from_numpy(draws).to(self.row.device)
+        parts = [(uniform[:seeing], self.seeing), (uniform[seeing:], self.blind)]
+        return torch.cat([numbers[(u * len(numbers)).long()] for u, numbers in parts if len(u)])
+
+    def pictures(self, draws: np.ndarray) -> Pictures:
+        """Look the chosen pictures up."""
+        chosen = self.numbers(draws)
+        back = torch.arange(self.states.shape[1], device=chosen.device)[None]
+        columns = self.end[chosen, None] - back
+        mask = back < self.length[chosen, None]
+        hidden = self.states[self.row[chosen, None], columns.clamp(min=0)]
+        features = [maps[self.before[chosen].clamp(min=0)] for maps in self.maps]
+        latents = self.targets[self.image[chosen]].float()
+        return Pictures(hidden, mask.long(), features, self.visible[chosen], latents, self.count_seeing(len(draws)))
+
+
+class _Loss(nn.Module):
+    """L_NIP as a function of tensors alone, which is what can be recorded."""
+
+    def __init__(self, decoder: ImageDecoder, noise_repeats: int, seeing: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.decoder, self.noise_repeats, self.seeing, self.dtype = decoder, noise_repeats, seeing, dtype
+
+    def forward(self, hidden: Tensor, mask: Tensor, visible: Tensor, latents: Tensor, *features: Tensor) -> Tensor:
+        arguments = (hidden, mask, list(features), visible, latents, self.noise_repeats, self.seeing)
+        if self.dtype == torch.float32:
+            return self.decoder(*arguments)
+        weights = {**dict(self.decoder.named_parameters()), **dict(self.decoder.named_buffers())}
+        cast = {n: w.to(self.dtype) if w.is_floating_point() else w for n, w in weights.items()}
+        return functional_call(self.decoder, cast, arguments)
+
+
+class ImageDecoderObjective(nn.Module):
+    """``forward(pictures) -> (loss, parts)``: L_NIP of the image decoder of ``model``, not weighted by λ.
+
+    Args:
+        model: of which the image decoder is trained.
+        noise_repeats, dtype: as in :class:`mmi_engine.train.interleaved.InterleavedObjective`.
+        cuda_graph: record forward and backward pass on first use, and again when shapes change.
+    """
+
+    def __init__(self, model: MMInterleaved, noise_repeats: int, dtype: torch.dtype, cuda_graph: bool = False) -> None:
+        super().__init__()
+        self.model, self.noise_repeats, self.dtype, self.cuda_graph = model, noise_repeats, dtype, cuda_graph
+        self._recorded: dict[tuple[Any, ...], Callable[..., Tensor]] = {}
+
+    def forward(self, pictures: Pictures) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss and, detached, the same as ``image``."""
+        p = pictures
+        tensors = (p.hidden, p.mask, p.visible, p.latents, *p.features)
+        if self.cuda_graph and self.training and p.hidden.is_cuda:
+            loss = self._record(tensors, p.seeing)(*tensors)
+        else:
+            loss = _Loss(self.model.image_decoder, self.noise_repeats, p.seeing, self.dtype)(*tensors)
+        return loss, {"image": loss.detach()}
+
+    def _record(self, tensors: tuple[Tensor, ...], seeing: int) -> Callable[..., Tensor]:
+        key = (seeing, *[tuple(tensor.shape) for tensor in tensors])
+        if key not in self._recorded:
+            core = _Loss(self.model.image_decoder, self.noise_repeats, seeing, self.dtype).train(self.training)
+            sample = tuple(tensor.clone() for tensor in tensors)
+            self._recorded = {key: torch.cuda.make_graphed_callables(core, sample, allow_unused_input=True)}
+        return self._recorded[key]
+
+
+class ImageDecoderTask(InterleavedTask):
+    """The task the loop runs; held-out losses, preview and export are those of joint training."""
+
+    def __init__(self, recipe: Recipe, train: Cache, val: Cache, progress: Callable[[int, int], None]) -> None:
+        super().__init__(recipe, train, val, progress)
+        self.joint = self.module
+        for parameter in self.model.parameters():
+            parameter.requires_grad_(False)
+        for name, parameter in self.model.image_decoder.named_parameters():
+            parameter.requires_grad_(not name.startswith("codec.") and not name.endswith("ignore_token"))
+        self.dtype = DTYPES[recipe.loop.precision]
+        self.module = ImageDecoderObjective(self.model, recipe.loss.noise_repeats, self.dtype, recipe.loop.cuda_graph)
+        self.turn = -1
+        self.kept: Kept | None = None
+
+    def batch(self, index: int) -> Choice:  # type: ignore[override]
+        """Which pictures micro-batch ``index`` learns from."""
+        loop, data = self.recipe.loop, self.recipe.data
+        turn = index // (data.kept_steps * loop.accumulate)
+        rng = np.random.default_rng((self.recipe.seed, index, 2))
+        return Choice(turn, rng.random(loop.batch_size))
+
+    def to_device(self, batch: Any, device: Any) -> Any:
+        """Look a :class:`Choice` up among what is kept, after keeping what its turn needs."""
+        if not isinstance(batch, Choice):
+            return super().to_device(batch, device)
+        if batch.turn != self.turn:
+            self.turn, self.kept = batch.turn, None  # the old ones go before the new ones come
+            self.kept = self._keep(batch.turn)
+        assert self.kept is not None
+        return self.kept.pictures(batch.draws)
+
+    def ids(self, batch: Any) -> list[str]:
+        """The turn and the numbers of its pictures."""
+        assert self.kept is not None
+        return [f"rows {batch.turn}: picture {int(n)}" for n in self.kept.numbers(batch.draws)]
+
+    def size(self, batch: Any) -> int:
+        """Noisy pictures."""
+        return len(batch.draws) * self.recipe.loss.noise_repeats
+
+    def evaluate(self, samples: int) -> dict[str, float]:
+        """See :meth:`InterleavedTask.evaluate`."""
+        module, self.module = self.module, self.joint
+        try:
+            return super().evaluate(samples)
+        finally:
+            self.module = module
+
+    def _keep(self, turn: int) -> Kept:
+        rows, training = self.recipe.data.kept_rows, self.model.training
+        batches = -(-rows // KEEP_BATCH)
+        kept = Kept(self.model, self.dtype)
+        self.model.eval()
+        devices = [self.model.device] if self.model.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(KEEP_SEED + turn)
+            indices = range(turn * batches, (turn + 1) * batches)
+            make = self._rows
+            for _, batch in stream(make, indices, workers=self.recipe.data.loaders, pin=bool(devices)):
+                kept.add(batch.to(self.model.device), self.recipe.data.redrawn)
+        self.model.train(training)
+        kept.close()
+        return kept
+
+    def _rows(self, index: int) -> Any:
+        return self.train.batch(index, KEEP_BATCH)
