@@ -102,6 +102,7 @@ def test_loss_falls_on_answers_only(pictures: cache.Cache, task: str) -> None:
         "story": {" ".join(said["texts"]), "".join(said["texts"])},
         "caption": {facts["captions"][0], facts["details"][0]},
         "vqa": {facts["questions"][0][1]},
+        "dialogue": {facts["questions"][0][1]},
         "ground": {facts["referring"][0][1], facts["referring"][0][1] + "</box>"},
         "t2i": {facts["captions"][0], facts["details"][0]},
         "seg2img": {facts["captions"][0]},
@@ -196,3 +197,34 @@ def test_a_changed_world_is_not_mixed_with_the_old_one(tmp_path: Path, monkeypat
     assert opened.picture(3, 4).shape == (32, 32, 3)
     with pytest.raises(ConfigError, match="lacks 1 of 2 shards"):
         cache.prepare(tmp_path, "train", 5, 1, silent, world="before")
+
+
+def test_rows_of_so_many_images_have_one_shape(pictures: cache.Cache) -> None:
+    even = mixture(pictures, row_images=5)
+    for index in range(4):
+        batch = even.batch(index, 3).inputs
+        assert batch.text_ids.shape == (3, 160) and batch.image_counts.tolist() == [5, 5, 5]
+        assert int((batch.text_ids == TOKENS.boi).sum()) == len(batch.images) == len(batch.latents) == 15
+        blank = ~batch.images.bool().flatten(1).any(1)
+        assert not batch.image_loss_mask[blank].any() and not batch.latents[blank].any()
+    rows = [even.row(i) for i in range(20)]
+    assert any(reference.kind == "blank" for row in rows for reference in row.images)
+    assert all(len(row.ids) <= 160 for row in rows)
+    for row in rows:  # a blank document is silent to its end
+        blanks = sum(reference.kind == "blank" for reference in row.images)
+        assert all(row.silent[len(row.ids) - blanks * (3 + 3) :])
+
+
+def test_in_a_dialogue_only_the_answers_carry_loss(pictures: cache.Cache) -> None:
+    facts = {
+        "questions": [["How many cats are there?", "2"], ["What is Pip doing?", "running"], ["Who is this?", "Pip"]]
+    }
+    texts = {"frames": [facts] * cache.FRAMES}
+    document = BUILDERS["dialogue"](texts, 0, 1, np.random.default_rng(0))
+    built = mixture(pictures)
+    ids = built._ids(document.pieces)
+    silent = built._silent(document, len(ids) + 1)
+    said = TOKENIZER.decode([token for token, quiet in zip(ids, silent[:-1], strict=True) if not quiet])
+    order = [piece.value for piece in document.pieces[3::2]]
+    assert sorted(order) == ["2", "Pip", "running"] and not silent[-1]
+    assert said.split() == order

@@ -19,7 +19,7 @@ from mmi_engine.model.checkpoint import load_model, save_model
 from mmi_engine.model.presets import toon_config
 from mmi_engine.toon.tokenizer import VOCABULARY
 from mmi_engine.train.cache import Cache
-from mmi_engine.train.interleaved import InterleavedObjective, InterleavedTask, build_model, merged
+from mmi_engine.train.interleaved import InterleavedTask, build_model, merged, redraw
 from mmi_engine.train.loop import Loop
 from mmi_engine.train.recipe import DataConfig, LoopConfig, LossConfig, OptimConfig, Recipe
 from mmi_engine.train.vae import codec_config
@@ -122,15 +122,32 @@ def test_nested_configuration_values_are_replaced() -> None:
 
 
 def test_redrawn_pictures_come_from_the_codec_and_maps_stay(task: InterleavedTask) -> None:
-    batch = task.to_device(task.batch(0), "cpu")
-    objective = InterleavedObjective(task.model, 1, redrawn=1.0).train()
+    inputs = task.to_device(task.batch(0), "cpu").inputs
     torch.manual_seed(0)
-    seen = objective._as_drawn(batch.inputs).images
-    has_latents = batch.inputs.latents.flatten(1).any(1)
+    seen = redraw(task.model, inputs, 1.0).images
+    has_latents = inputs.latents.flatten(1).any(1)
     assert has_latents.any() and not has_latents.all()
-    assert torch.equal(seen[~has_latents], batch.inputs.images[~has_latents])
-    exact = task.model.codec.decode(batch.inputs.latents[has_latents])
+    assert torch.equal(seen[~has_latents], inputs.images[~has_latents])
+    exact = task.model.codec.decode(inputs.latents[has_latents])
     nearest = torch.cdist(seen[has_latents].flatten(1), exact.flatten(1)).argmin(1)
     assert nearest.tolist() == list(range(len(exact)))  # each is a noisy drawing of its own latents
     assert not torch.equal(seen[has_latents], exact)
-    assert InterleavedObjective(task.model, 1, redrawn=0.0)._as_drawn(batch.inputs).images.equal(batch.inputs.images)
+    assert redraw(task.model, inputs, 0.0).images.equal(inputs.images)
+
+
+def test_a_run_without_image_loss_encodes_and_draws_nothing(task: InterleavedTask) -> None:
+    recipe = dataclasses.replace(task.recipe, loss=LossConfig(image=0.0))
+    encoded: list[int] = []
+    only_text = InterleavedTask(recipe, task.train.cache, task.val.cache, lambda done, total: encoded.append(done))
+    batch = only_text.to_device(only_text.batch(0), "cpu")
+    assert batch.inputs.latents is None and encoded == []
+    loss, parts = only_text.module(batch)
+    loss.backward()
+    assert float(loss.detach()) == pytest.approx(float(parts["text"]), rel=1e-6) and "image" not in parts
+    assert all(p.grad is None for p in only_text.model.image_decoder.parameters())
+    assert set(only_text.evaluate(8)) == {"text"}
+
+
+def test_the_weights_of_the_losses_are_those_of_the_recipe(task: InterleavedTask) -> None:
+    model = build_model(dataclasses.replace(task.recipe, loss=LossConfig(text=0.5, image=3.0)))
+    assert (model.config.loss_text_weight, model.config.loss_image_weight) == (0.5, 3.0)

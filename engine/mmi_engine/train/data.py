@@ -30,7 +30,7 @@ from mmi_engine.sequence import (
     text_targets,
     tokenize,
 )
-from mmi_engine.train.cache import FRAMES, SIDE, Cache
+from mmi_engine.train.cache import FRAMES, Cache
 
 SHORT_PROMPTS = ("a photo of", "Provide a one-sentence caption for the provided image.")
 LONG_PROMPTS = (
@@ -44,6 +44,8 @@ VQA_CLOSINGS = (
 )
 GROUND_QUESTION = "Question: Provide the bounding box coordinate of the region this sentence describes: {}, Answer:"
 GROUND_RELEASED = "Provide the bounding box coordinate of the region this sentence describes. {}<box>"
+TURNS = 6
+"""Most questions in a dialogue."""
 TRIES = 4
 """How many documents are drawn for the gap at a row's end before the row is closed."""
 
@@ -65,12 +67,14 @@ class Document:
         pieces: text and :class:`Reference` pieces in order.
         prompt: how many of them come from the user and carry no text loss.
         drawn: per image, whether the model has to draw it (image loss).
+        asked: numbers of later pieces that come from the user, too.
     """
 
     name: str
     pieces: list[Piece]
     prompt: int
     drawn: list[bool]
+    asked: frozenset[int] = frozenset()
 
 
 @dataclass
@@ -139,6 +143,19 @@ def vqa_document(texts: dict[str, Any], story: int, frame: int, rng: np.random.G
     return Document(f"vqa:{story}.{frame}", pieces, 3, [False])
 
 
+def dialogue_document(texts: dict[str, Any], story: int, frame: int, rng: np.random.Generator) -> Document:
+    """One picture and several questions about it, each with its answer: the picture is encoded once for all of them."""
+    questions = texts["frames"][frame]["questions"]
+    chosen = rng.permutation(len(questions))[: int(rng.integers(3, TURNS + 1))]
+    pieces = [Piece("text", VQA_OPENING), _picture(story, frame)]
+    asked = []
+    for number in chosen:
+        question, answer = questions[int(number)]
+        asked.append(len(pieces))
+        pieces += [Piece("text", f"{question} {_one(rng, VQA_CLOSINGS)}"), Piece("text", answer)]
+    return Document(f"dialogue:{story}.{frame}", pieces, 2, [False], frozenset(asked))
+
+
 def ground_document(texts: dict[str, Any], story: int, frame: int, rng: np.random.Generator) -> Document:
     """``{image}Question: … {object}, Answer: (x1,y1)(x2,y2)``, or the form that the released checkpoints expect."""
     expression, box = _one(rng, texts["frames"][frame]["referring"])
@@ -169,6 +186,7 @@ BUILDERS: dict[str, Builder] = {
     "story": story_document,
     "caption": caption_document,
     "vqa": vqa_document,
+    "dialogue": dialogue_document,
     "ground": ground_document,
     "t2i": t2i_document,
     "seg2img": seg2img_document,
@@ -240,13 +258,21 @@ class Mixture:
             if row.ids and not self._fits(len(row.ids) + len(ids), len(row.images) + len(document.drawn)):
                 misses += 1
                 continue
-            prompt = len(self._ids(document.pieces[: document.prompt])) if document.prompt else 0
             row.ids += ids
-            row.silent += [True] * prompt + [False] * (len(ids) - prompt)
+            row.silent += self._silent(document, len(ids))
             row.images += [piece.value for piece in document.pieces if piece.kind == "image"]
             row.drawn += document.drawn
             row.names.append(document.name)
         return self._filled(row)
+
+    def _silent(self, document: Document, length: int) -> list[bool]:
+        """Which of a document's ``length`` ids carry no loss: those of pieces that come from the user."""
+        prompt = len(self._ids(document.pieces[: document.prompt])) if document.prompt else 0
+        silent = [True] * prompt + [False] * (length - prompt)
+        for number in document.asked:
+            start, end = (len(self._ids(document.pieces[:n])) for n in (number, number + 1))
+            silent[start:end] = [True] * (end - start)
+        return silent
 
     def _fits(self, tokens: int, images: int) -> bool:
         """Whether a row of so many tokens and images leaves room for the blank images it lacks."""
@@ -296,7 +322,7 @@ class Mixture:
         arrays = []
         for reference in references:
             if reference.kind == "blank":
-                arrays.append(np.zeros((SIDE, SIDE, 3), np.uint8))
+                arrays.append(np.zeros_like(self.cache.picture(0, 0)))
                 continue
             array = self.cache.array(reference.kind, reference.story)[reference.frame]
             arrays.append(self.palette[array] if reference.kind == "maps" else array)

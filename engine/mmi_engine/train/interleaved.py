@@ -219,6 +219,9 @@ def build_model(recipe: Recipe) -> MMInterleaved:
         model = load_model(base)
         if overrides:
             raise ConfigError("a trained model keeps its configuration", remedy="remove the other keys of [model]")
+        if recipe.loss.image > 0:
+            text, image = recipe.loss.text, recipe.loss.image
+            model.config = replace(model.config, loss_text_weight=text, loss_image_weight=image)
         return model.train()
     codec = load_codec(recipe.data.codec)
     tokenizer = DirectoryTokenizer(TOON_TOKENIZER)
