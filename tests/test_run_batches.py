@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from command_data import FIXED, OPTIONS, go, make_data
 from PIL import Image
 from test_run_kill import tree
@@ -54,12 +55,13 @@ def test_auto_tries_the_first_item_and_the_size_is_kept(data, tmp_path, capsys):
 class Memory:
     """A device with `free` bytes on which an item takes `each` and everything else `base`."""
 
-    def __init__(self, free: int, base: int, each: int) -> None:
+    def __init__(self, free: int, base: int, each: int, error: Exception | None = None) -> None:
+        self.error = error or MemoryError()
         self._free, self.base, self.each, self.rows = free, base, each, 0
 
     def run(self, rows: int) -> None:
         if self.base + rows * self.each > self._free:
-            raise MemoryError
+            raise self.error
         self.rows = rows
 
     def used(self, work) -> int:
@@ -85,6 +87,13 @@ class Memory:
 def test_the_batch_size_is_the_largest_that_leaves_room(free, base, each, bound, expected):
     memory = Memory(free, base, each)
     assert choose(memory.run, bound, memory) == expected
+
+
+def test_memory_that_torch_cannot_have_on_a_cpu_is_no_fault_of_the_probe():
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**60, dtype=torch.uint8)
+    memory = Memory(1000, 0, 900, caught.value)
+    assert choose(memory.run, 16, memory) == 1
 
 
 @pytest.mark.parametrize("command", ["story", "t2i"])

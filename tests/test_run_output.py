@@ -155,12 +155,20 @@ def test_a_fault_nobody_foresaw_while_reading_or_writing_is_that_rows_alone(tmp_
     assert [row["id"] for row in lines(tmp_path / "out/results.jsonl")] == ["s0", "s2", "s4", "s5"]
 
 
-def test_out_of_memory_reduces_only_the_failing_batch(tmp_path):
-    class OutOfMemoryError(RuntimeError):  # as torch names it
-        pass
+class OutOfMemoryError(RuntimeError):
+    """As torch names it on a GPU."""
 
+
+ON_A_CPU = RuntimeError(
+    "[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate "
+    "4000000000000000 bytes. Error code 12 (Cannot allocate memory)"
+)
+
+
+@pytest.mark.parametrize("error", [OutOfMemoryError(), ON_A_CPU, MemoryError()])
+def test_out_of_memory_reduces_only_the_failing_batch(error, tmp_path):
     manifest = write(tmp_path / "m.jsonl", *stories(8))
-    engine = FakeEngine(batch_size=4, fail=lambda job, n: OutOfMemoryError() if job.row.id == "s1" and n > 1 else None)
+    engine = FakeEngine(batch_size=4, fail=lambda job, n: error if job.row.id == "s1" and n > 1 else None)
     assert go(manifest, tmp_path / "out", engine).exit_code == 0
     assert engine.batches == [(4, 4), (2, 2), (1, 1), (1, 1), (2, 2), (4, 4)]
     marked = [bool(row.get("batch_reduced")) for row in lines(tmp_path / "out/results.jsonl")]

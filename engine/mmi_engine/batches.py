@@ -12,7 +12,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 from mmi_engine.data.manifest import shorten
-from mmi_engine.errors import GenerationError, ItemError, MMIError
+from mmi_engine.errors import GenerationError, ItemError, MMIError, is_out_of_memory
 from mmi_engine.tasks import Job, Piece
 
 log = logging.getLogger(__name__)
@@ -139,7 +139,7 @@ def as_item_error(error: Exception) -> ItemError:
     if isinstance(error, MMIError):
         raise error
     name = type(error).__name__
-    if isinstance(error, MemoryError) or name == "OutOfMemoryError":
+    if is_out_of_memory(error):
         remedy = "use a smaller --batch-size or --dtype bf16"
         return GenerationError("out of memory", remedy=remedy, code="out_of_memory")
     if isinstance(error, FloatingPointError):

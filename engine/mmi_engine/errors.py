@@ -27,6 +27,13 @@ tells the reader what to do; `str(error)` is cause and remedy in one line.
 from __future__ import annotations
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, of this process or of a device. On a CPU torch says so in a plain RuntimeError."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error)
+
+
 class MMIError(Exception):
     """Base of all errors with a cause, a place and a remedy.
 

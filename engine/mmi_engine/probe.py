@@ -13,6 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
+from mmi_engine.errors import is_out_of_memory
+
 SHARE = 0.6  # of the free memory; the rest is for longer items than the one probed
 
 
@@ -32,7 +34,7 @@ def choose(run: Callable[[int], None], bound: int, meter: Meter, share: float = 
     """The batch size.
 
     Args:
-        run: computes the sample in a batch of this size; may raise MemoryError or torch's OutOfMemoryError.
+        run: computes the sample in a batch of this size; may run out of memory, see `is_out_of_memory`.
         bound: never more.
         meter: of the device.
         share: part of the free memory that may be used.
@@ -44,7 +46,7 @@ def choose(run: Callable[[int], None], bound: int, meter: Meter, share: float = 
         one = meter.used(lambda: run(1))
         two = meter.used(lambda: run(2)) if bound > 1 else one
     except Exception as error:
-        if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        if is_out_of_memory(error):
             return 1
         raise
     each = max(0, two - one)
