@@ -13,7 +13,8 @@ from typing import Any, Protocol
 
 from mmi_engine.data.manifest import shorten
 from mmi_engine.errors import GenerationError, ItemError, MMIError, is_out_of_memory
-from mmi_engine.tasks import Job, Piece
+from mmi_engine.pieces import Piece
+from mmi_engine.tasks import Job
 
 log = logging.getLogger(__name__)
 

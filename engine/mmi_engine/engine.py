@@ -17,7 +17,8 @@ from typing import Any
 from mmi_engine import versions
 from mmi_engine.data.manifest import item_seed
 from mmi_engine.errors import BackendError, DeviceError, ItemError, UsageError
-from mmi_engine.tasks import Job, Piece
+from mmi_engine.pieces import Piece
+from mmi_engine.tasks import Job
 
 log = logging.getLogger(__name__)
 
@@ -256,7 +257,7 @@ class ModelEngine:
         from mmi_engine.generate.interleave import check_room, padded
 
         config = self._model.config
-        known = [sequence.Piece(piece.kind, piece.value or "") for piece in job.pieces]
+        known = [piece if piece.value is not None else replace(piece, value="") for piece in job.pieces]
         shape: list[Hashable] = [job.free, job.candidates]
         for index, piece in enumerate(job.pieces):
             if piece.value is None:
@@ -272,20 +273,18 @@ class ModelEngine:
         """See `Engine.fill`: every candidate is a document of its own, from a seed of its own."""
         import torch
 
-        from mmi_engine import sequence
         from mmi_engine.generate import interleave
 
         items, item_seeds, free = [], [], []
         for job, seed in zip(jobs, seeds, strict=True):
             for number in range(job.candidates):
-                items.append([sequence.Piece(piece.kind, piece.value, piece.options) for piece in job.pieces])
+                items.append(job.pieces)
                 item_seeds.append(seed if number == 0 else item_seed(seed, f"candidate {number}"))
                 free.append(job.free)
         try:
             with torch.no_grad():
                 filled = interleave.fill(self._model, items, item_seeds, self._settings, batch_size, free)
-                made = [[Piece(p.kind, p.value, p.options, p.scores) for p in item] for item in filled]
-                return self._gather(jobs, made, batch_size)
+                return self._gather(jobs, filled, batch_size)
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
             raise

@@ -31,9 +31,10 @@ from mmi_engine.errors import GenerationError, Interrupted, ItemError, StoppedEr
 from mmi_engine.interrupt import Interrupt
 from mmi_engine.names import Stems
 from mmi_engine.outdir import Entry, OutputDir
+from mmi_engine.pieces import Piece
 from mmi_engine.plan import Reporter, RunOptions, Summary, select
 from mmi_engine.stream import StreamOut
-from mmi_engine.tasks import Job, Piece, Task
+from mmi_engine.tasks import Job, Task
 
 __all__ = ["Reporter", "RunOptions", "Summary", "run", "select"]
 

@@ -12,7 +12,8 @@ reductions work row by row. Source: docs/model.md.
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,7 +29,8 @@ from mmi_engine.generate.text import Prompt, generate_text
 from mmi_engine.model.config import ModelConfig
 from mmi_engine.model.interleaved import MMInterleaved
 from mmi_engine.model.vision import VisualOutput
-from mmi_engine.sequence import Piece, context_columns, pad_rows, tokenize
+from mmi_engine.pieces import Piece
+from mmi_engine.sequence import context_columns, pad_rows, tokenize
 
 LENGTH_STEP = 32
 """Sequence lengths are rounded up to a multiple of this, always with padding left, so that all rows take one path."""
@@ -60,6 +62,10 @@ class Document:
     def unfinished(self) -> bool:
         """Whether anything is still to be made."""
         return self.next_missing() is not None or (self.free > 0 and not self.ended)
+
+    def give(self, index: int, value: Any, scores: tuple[float, ...] = ()) -> None:
+        """Piece ``index`` has been made."""
+        self.pieces[index] = replace(self.pieces[index], value=value, scores=scores)
 
     def generator(self, index: int) -> torch.Generator:
         """Random numbers of piece ``index``."""
@@ -93,10 +99,7 @@ def fill(
         FloatingPointError: the model produced NaN or infinity.
     """
     free = free or [0] * len(items)
-    documents = [
-        Document([Piece(p.kind, p.value, p.options) for p in item], seed, extra)
-        for item, seed, extra in zip(items, seeds, free, strict=True)
-    ]
+    documents = [Document(list(item), seed, extra) for item, seed, extra in zip(items, seeds, free, strict=True)]
     maker = Maker(model, settings, batch_size)
     with torch.no_grad():
         while maker.round(documents):
@@ -209,7 +212,7 @@ class Maker:
         for (document, index), ids in zip(part, made.ids, strict=False):
             ended = ids[-1] if ids[-1] in (self.tokens.eos, self.tokens.boi) else None
             text = self.model.tokenizer.decode([i for i in ids[1:] if i not in (ended, self.tokens.image)])
-            document.pieces[index].value = text
+            document.give(index, text)
             if document.free and index == len(document.pieces) - 1:
                 self._go_on(document, text, ended)
 
@@ -225,8 +228,8 @@ class Maker:
                     remedy="shorten the options",
                 )
             prompt = self.prompt([(document, index)] * self.batch_size, left=True)
-            piece.scores = tuple(option_scores(self.model, prompt, rows))
-            piece.value = piece.options[max(range(len(rows)), key=lambda number: piece.scores[number])]
+            scores = tuple(option_scores(self.model, prompt, rows))
+            document.give(index, piece.options[scores.index(max(scores))], scores)
 
     def continuation(self, before: list[Piece], text: str) -> list[int]:
         """Token ids of a text behind other pieces, joined as `tokenize` joins texts."""
@@ -258,7 +261,7 @@ class Maker:
         if not bool(torch.isfinite(pictures).all()):
             raise FloatingPointError("the decoded pictures are not finite")
         for (document, index), picture in zip(part, pictures, strict=False):
-            document.pieces[index].value = to_picture(picture)
+            document.give(index, to_picture(picture))
 
     def _request(self, batch: list[tuple[Document, int]]) -> ImageRequest:
         """Context tokens and image features of the pictures to draw."""

@@ -1,4 +1,4 @@
-"""What every generating command is made of: pieces, jobs, outputs, and the `Task` protocol between them.
+"""What every generating command is made of: jobs, outputs, and the `Task` protocol between them.
 
 Place in the flow:
 
@@ -12,9 +12,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from mmi_engine.errors import GenerationError
+from mmi_engine.pieces import Piece
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -23,24 +24,6 @@ if TYPE_CHECKING:
     from mmi_engine.data.manifest import Row
 
 MAX_PIECES = 4096  # far beyond any context; stops a hostile row before its images are loaded
-
-
-@dataclass(frozen=True)
-class Piece:
-    """One element of an interleaved sequence.
-
-    Attributes:
-        kind: ``"text"`` or ``"image"``.
-        value: the text or the RGB picture; None asks the model for it.
-        options: of a missing text: it must be one of these, the one the model finds most likely.
-        scores: given back by the engine: summed log-probability of each option, or of a picture among candidates the
-            score that ranks it.
-    """
-
-    kind: Literal["text", "image"]
-    value: Any = None
-    options: tuple[str, ...] = ()
-    scores: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 from mmi_engine.data.images import ImageLoader
 from mmi_engine.data.manifest import Row, shorten
 from mmi_engine.errors import GenerationError, RowError
-from mmi_engine.tasks.base import Job, Output, Panel, Piece, last_text
+from mmi_engine.pieces import Piece
+from mmi_engine.tasks.base import Job, Output, Panel, last_text
 from mmi_engine.tasks.fields import image_references, text_field
 from mmi_engine.tasks.prompts import GROUND_PROMPTS, RELEASED, TOON, Template
 
