@@ -47,6 +47,11 @@ def test_two_processes_of_torchrun_give_the_bytes_of_one(data, tmp_path):
 # -- launches that go wrong silently -----------------------------------------------------------------------------------
 
 
+# what sbatch --ntasks 4 exports to its script, and what srun adds
+BATCH = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_NPROCS": "4", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
+STEP = {"SLURM_STEP_ID": "0", "SLURM_STEPID": "0"}
+
+
 @pytest.mark.parametrize(
     ("parent", "environment", "said"),
     [
@@ -55,9 +60,10 @@ def test_two_processes_of_torchrun_give_the_bytes_of_one(data, tmp_path):
         (["accelerate", "launch", "--num_processes", "1"], {"ACCELERATE_USE_CPU": "1"}, None),
         (["accelerate", "launch", "x"], {"ACCELERATE_USE_CPU": "1"}, None),
         (["bash"], {"ACCELERATE_USE_CPU": "1"}, None),
-        (["srun"], {"SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, "--shard $((SLURM_PROCID+1))/4"),
-        (["sbatch"], {"SLURM_NTASKS": "4"}, None),  # the batch script itself, not a task of it
-        (["mpirun"], {"OMPI_COMM_WORLD_SIZE": "2"}, "--shard $((OMPI_COMM_WORLD_RANK+1))/2"),
+        (["srun"], {**BATCH, **STEP, "SLURM_STEP_NUM_TASKS": "4"}, "--shard $((SLURM_PROCID+1))/4"),
+        (["srun"], {**BATCH, **STEP, "SLURM_STEP_NUM_TASKS": "1"}, None),  # srun -n 1 in a job of four tasks
+        (["slurm_script"], BATCH, None),  # the batch script itself, not a task of it
+        (["mpirun"], {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1"}, "$((OMPI_COMM_WORLD_RANK+1))/2"),
         ([], {}, None),
         (["x"], {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "SLURM_NTASKS": "2", "SLURM_PROCID": "0"}, None),
     ],

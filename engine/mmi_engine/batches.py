@@ -117,19 +117,24 @@ def attempt(
         yield job, pieces, reduced
 
 
-def buckets(jobs: Iterable[tuple[Job, Hashable]], batch_size: int) -> Iterator[list[Job]]:
+def buckets(jobs: Iterable[tuple[Job, Hashable]], batch_size: int, most: int = 2**62) -> Iterator[list[Job]]:
     """Jobs with their shapes as batches of equal shape, in the order in which these fill up.
 
-    At most `WINDOW` batches' worth of jobs wait.
+    At most `WINDOW` batches' worth of jobs wait, and they weigh at most `most` bytes.
     """
     waiting: dict[Hashable, list[Job]] = {}
+    count = weight = 0
     for job, key in jobs:
         bucket = waiting.setdefault(key, [])
         bucket.append(job)
-        if len(bucket) == batch_size:
-            yield waiting.pop(key)
-        elif sum(map(len, waiting.values())) >= WINDOW * batch_size:
-            yield waiting.pop(next(iter(waiting)))  # the bucket that has waited longest
+        count, weight = count + 1, weight + job.weight
+        if len(bucket) < batch_size:
+            if count < WINDOW * batch_size and weight < most:
+                continue
+            key = next(iter(waiting))  # the bucket that has waited longest
+        full = waiting.pop(key)
+        count, weight = count - len(full), weight - sum(job.weight for job in full)
+        yield full
     yield from waiting.values()
 
 

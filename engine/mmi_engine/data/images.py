@@ -278,16 +278,9 @@ def shrink(image: Image.Image, side: int) -> Image.Image:
     return image
 
 
-def small_copy(image: Image.Image, side: int = 320) -> bytes:
-    """A JPEG of at most `side` × `side` pixels for a gallery, proportions kept."""
-    from PIL import Image
-
-    small = image.convert("RGB")
-    if max(small.size) > side:
-        small.thumbnail((side, side), Image.Resampling.BICUBIC)
-    stream = io.BytesIO()
-    small.save(stream, format="JPEG", quality=88)
-    return stream.getvalue()
+def bytes_of(image: Image.Image) -> int:
+    """Memory of a decoded RGB picture."""
+    return 3 * image.width * image.height
 
 
 def _cut_long_side(image: Image.Image) -> Image.Image:

@@ -30,6 +30,7 @@ from mmi_engine.model.config import ModelConfig
 from mmi_engine.model.interleaved import MMInterleaved
 from mmi_engine.model.vision import VisualOutput
 from mmi_engine.pieces import Piece
+from mmi_engine.probe import together
 from mmi_engine.sequence import context_columns, pad_rows, tokenize
 
 LENGTH_STEP = 32
@@ -51,8 +52,10 @@ class Document:
     pieces: list[Piece]
     seed: int
     free: int
+    given: int = 0  # pieces of the document as it came; what follows is free
     encoded: list[_Encoded] = field(default_factory=list)
     ended: bool = False
+    made: int = 0
 
     def next_missing(self) -> int | None:
         """Index of the next piece to make, ``None`` when all have values."""
@@ -65,6 +68,7 @@ class Document:
 
     def give(self, index: int, value: Any, scores: tuple[float, ...] = ()) -> None:
         """Piece ``index`` has been made."""
+        self.made += 1
         self.pieces[index] = replace(self.pieces[index], value=value, scores=scores)
 
     def generator(self, index: int) -> torch.Generator:
@@ -95,11 +99,13 @@ def fill(
         The documents with values (and, with ``free``, further pieces); pictures as RGB at the decoder's size.
 
     Raises:
-        TextTooLongError: a document does not fit into the model's context.
+        TextTooLongError: a document does not fit into the model's context. A free continuation ends where it is full.
         FloatingPointError: the model produced NaN or infinity.
     """
     free = free or [0] * len(items)
-    documents = [Document(list(item), seed, extra) for item, seed, extra in zip(items, seeds, free, strict=True)]
+    documents = [
+        Document(list(item), seed, extra, len(item)) for item, seed, extra in zip(items, seeds, free, strict=True)
+    ]
     maker = Maker(model, settings, batch_size)
     with torch.no_grad():
         while maker.round(documents):
@@ -126,8 +132,15 @@ class Maker:
             index = document.next_missing()
             if index is None:
                 index = self._open_free(document)
-            if index is not None:
-                waiting.setdefault(self._shape(document, index), []).append((document, index))
+            if index is None:
+                continue
+            try:
+                shape = self._shape(document, index)
+            except TextTooLongError:
+                if not self._end_free(document, index):
+                    raise
+                continue
+            waiting.setdefault(shape, []).append((document, index))
         for (kind, *_), group in waiting.items():  # type: ignore[misc]
             for start in range(0, len(group), self.batch_size):
                 self.make(kind, group[start : start + self.batch_size])
@@ -143,6 +156,14 @@ class Maker:
             return None
         document.pieces.append(Piece("text"))
         return len(document.pieces) - 1
+
+    def _end_free(self, document: Document, index: int) -> bool:
+        """End a free continuation that has no room for piece ``index``; False where there is nothing to show for it."""
+        if index < document.given or not document.made:
+            return False
+        del document.pieces[index:]
+        document.ended = True
+        return True
 
     def _cut(self, document: Document) -> int:
         """How many pieces precede the next missing one."""
@@ -325,8 +346,7 @@ def invariant_rows(batch_size: int, device: torch.device) -> int:
     """
     if device.type != "cpu":
         return batch_size
-    threads = torch.get_num_threads()
-    return max(1, batch_size // threads * threads)
+    return together(batch_size, torch.get_num_threads())
 
 
 def padded(length: int) -> int:

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
+from mmi_engine.data.images import bytes_of
 from mmi_engine.errors import GenerationError
 from mmi_engine.pieces import Piece
 
@@ -37,7 +38,8 @@ class Job:
             for at most this many more images; 0 for not at all.
         candidates: how many versions of the last piece (a picture) are made, all of them given back.
         rank: what scores the candidates: None, ``"self"``, or a CLIP model directory.
-        note: what `Task.output` needs to remember of the row's pictures (sizes, an original to draw on).
+        note: what `Task.output` needs to remember of the row's pictures (their sizes).
+        kept: originals that `Task.output` draws on.
         shown: the pictures that the gallery keeps small copies of; None for those among the pieces.
     """
 
@@ -47,7 +49,14 @@ class Job:
     candidates: int = 1
     rank: str | None = None
     note: Any = None
+    kept: tuple[Image.Image, ...] = ()
     shown: tuple[Image.Image, ...] | None = None
+
+    @property
+    def weight(self) -> int:
+        """Bytes of the pictures it holds."""
+        pictures = [piece.value for piece in self.pieces if piece.kind == "image" and piece.value is not None]
+        return sum(map(bytes_of, (*pictures, *self.kept)))
 
     @property
     def to_generate(self) -> bool:
