@@ -1,50 +1,18 @@
-"""Several processes: torchrun with gloo, and launches that silently go wrong."""
+"""Launches that silently go wrong: one process where several were meant, several that do not know of each other."""
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from command_data import FIXED, OPTIONS, go, make_data
-from test_run_kill import tree
 
 from mmi_cli import launch
 from mmi_engine.errors import UsageError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return make_data(tmp_path_factory.mktemp("data"))
-
-
-def torchrun(processes: int, arguments: list[str]) -> subprocess.CompletedProcess:
-    path = os.pathsep.join(str(REPOSITORY / name) for name in (".", "engine", "kernels"))
-    environment = {**os.environ, "PYTHONPATH": path, "ACCELERATE_USE_CPU": "true"}
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
-    launcher += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "-m", "mmi_cli"]
-    return subprocess.run([*launcher, *arguments], env=environment, capture_output=True, text=True, timeout=300)
-
-
-def test_two_processes_of_torchrun_give_the_bytes_of_one(data, tmp_path):
-    """With a failing row: the launcher ends everyone when one process returns an error, so that one must wait."""
-    command = "story"
-    go(data, command, tmp_path / "one", "--batch-size", "2")
-    fixed = ["--model", str(data / "model"), *FIXED, *OPTIONS[command], "--batch-size", "2"]
-    done = torchrun(2, [command, str(data / f"{command}.jsonl"), "--out", str(tmp_path / "two"), *fixed])
-    assert done.returncode == 1, "the launcher's own code for a process that returned 3"
-    parts = json.loads((tmp_path / "two/run.json").read_text())["parts"]
-    assert parts.keys() == {"1-of-1.0-of-2", "1-of-1.1-of-2"}, done.stderr  # the world really had two processes
-    assert all(part["state"] == "finished" and part["new"] + part["failed"] == 2 for part in parts.values())
-    assert tree(tmp_path / "two") == tree(tmp_path / "one")
-
-
-# -- launches that go wrong silently -----------------------------------------------------------------------------------
 
 
 # what sbatch --ntasks 4 exports to its script, and what srun adds
