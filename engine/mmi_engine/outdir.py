@@ -211,22 +211,32 @@ class OutputDir:
         with os_errors(self.directory):
             write_copies(self.directory, self._scratch, copies)
             if media:
-                pending = json.dumps({"id": row["id"], "media": sorted(media)}) + "\n"
-                write_file(self._pending, pending.encode())
+                self._write_media(row["id"], media)
+            self._append(RESULTS, row)
+
+    def _write_media(self, item: str, media: dict[str, Image.Image]) -> None:
+        """Each under a temporary name, then renamed; on return they are on the disk.
+
+        Nothing needs to be flushed earlier, as without a row the pictures are made again, and flushing once behind all
+        renames takes a third of the time.
+        """
+        self._pending.write_bytes(json.dumps({"id": item, "media": sorted(media)}).encode() + b"\n")
+        with contextlib.ExitStack() as stack:
             drafts = []
             for number, image in enumerate(media.values()):
                 draft = self._scratch / f"{number}.png"
-                with draft.open("wb") as stream:
-                    image.save(stream, format="PNG")
-                    flush(stream)
-                drafts.append(draft)
-            for draft, name in zip(drafts, media, strict=True):
+                stream = stack.enter_context(draft.open("wb"))
+                image.save(stream, format="PNG")
+                drafts.append((draft, stream))
+            for (draft, stream), name in zip(drafts, media, strict=True):
                 target = self.directory / name
                 target.parent.mkdir(parents=True, exist_ok=True)
+                stream.flush()
                 draft.replace(target)
-            for folder in {self.directory, *((self.directory / name).parent for name in media)} if media else ():
+            for _, stream in drafts:
+                flush(stream)
+            for folder in {self.directory, *((self.directory / name).parent for name in media)}:
                 flush_folder(folder)
-            self._append(RESULTS, row)
 
     def fail(self, row: dict[str, Any]) -> None:
         """Append a row to the errors."""
