@@ -96,6 +96,8 @@ class ImageLoader:
         try:
             path = self.root / reference
             info = os.stat(path)
+        except PermissionError as error:
+            raise ImageError(f"{name} cannot be read: {error.strerror}", code="image_unreadable") from None
         except (OSError, ValueError):
             folder = self.root.absolute().name + "/"
             raise ImageError(
@@ -105,6 +107,8 @@ class ImageLoader:
             ) from None
         if not stat.S_ISREG(info.st_mode):  # reading a pipe would wait for ever
             raise ImageError(f"{name} is not a file", code="image_unreadable")
+        if info.st_size == 0:  # or one of /proc, some of which never end
+            raise ImageError(f"{name} is empty", code="image_unreadable")
         if info.st_size > self.max_bytes:
             raise ImageError(f"{name} is larger than {self.max_bytes >> 20} MiB", code="image_too_large")
         try:
