@@ -15,7 +15,7 @@ from mmi_engine.copies import SMALL_COPY, small_copy
 from mmi_engine.data.images import ImageLoader, prepare, shrink
 from mmi_engine.data.manifest import Manifest, Row
 from mmi_engine.data.maps import Palette, load_map
-from mmi_engine.errors import ConfigError, GenerationError, ItemError, UsageError
+from mmi_engine.errors import ConfigError, GenerationError, ImageError, ItemError, UsageError
 from mmi_engine.run import RunOptions, run
 from mmi_engine.tasks import Candidates, CaptionTask, GroundTask, Piece, Seg2ImgTask, T2iTask, VqaTask
 from mmi_engine.tasks.ground import Seen, parse_box, to_pixels, to_square
@@ -282,6 +282,27 @@ def test_unlabelled_pixels_and_values_that_are_no_class(tmp_path):
     with pytest.raises(ItemError) as caught:
         load_map(ImageLoader(tmp_path), "bad.png", Palette.find("toon"))
     assert caught.value.code == "bad_map"
+
+
+@pytest.mark.parametrize("form", ["json", "png"])
+def test_150_classes_are_painted_in_the_colours_of_a_file(form, tmp_path):
+    """As ADE20K has them: a grey PNG of class numbers, 0 unlabelled; the colours are the user's."""
+    colors = [[0, 0, 0], *np.random.default_rng(5).integers(1, 256, (150, 3)).tolist()]
+    if form == "json":
+        (tmp_path / "colours.json").write_text(json.dumps(colors))
+    else:
+        painted = Image.new("P", (3, 2))
+        painted.putpalette([value for color in colors for value in color])
+        painted.save(tmp_path / "colours.png")
+    labels = np.random.default_rng(6).permutation(np.arange(151 * 2) % 151).reshape(2, 151).astype(np.uint8)
+    Image.fromarray(labels).save(tmp_path / "map.png")
+    palette = Palette.find(str(tmp_path / f"colours.{form}"))
+    found = np.asarray(load_map(ImageLoader(tmp_path), "map.png", palette))
+    assert (found == np.asarray(colors)[labels]).all()
+    if form == "json":
+        Image.fromarray(labels + 1).save(tmp_path / "more.png")
+        with pytest.raises(ImageError, match=r"class 151, palette .* has 0 to 150"):
+            load_map(ImageLoader(tmp_path), "more.png", palette)
 
 
 def test_palettes(tmp_path):
