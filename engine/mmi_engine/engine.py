@@ -259,7 +259,8 @@ class ModelEngine:
 
         tune_cpu(self.resolved["threads"])
         resolved = self.resolved
-        threads = f", {resolved['threads']} threads" if resolved["device"] == "cpu" else ""
+        count = resolved["threads"]
+        threads = f", {count} thread{'s' * (count != 1)}" if resolved["device"] == "cpu" else ""
         self.notice(
             f"{self.choices.model} on {self._device}, {resolved['dtype']}, kernel {resolved['kernel']}{threads}, "
             f"batch size {'to be tried' if self._probing else self._batches()}"
