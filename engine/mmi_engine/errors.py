@@ -31,7 +31,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out, of this process or of a device. On a CPU torch says so in a plain RuntimeError."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
-    return isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error)
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
 
 
 class MMIError(Exception):

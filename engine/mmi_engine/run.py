@@ -126,7 +126,8 @@ class _Worker:
             self.out.flush_rest()
         if interrupted:
             again = "run the same command again to resume" if self.directory else "nothing is kept with --out -"
-            raise Interrupted(f"interrupted after {self.summary.new} new items", remedy=again)
+            new = self.summary.new
+            raise Interrupted(f"interrupted after {new} new item{'s' * (new != 1)}", remedy=again)
         if self.stopped_by is not None:
             raise StoppedError(str(self.stopped_by), remedy="fix it, or run with --on-error skip")
         launched = self._of_the_launch()
