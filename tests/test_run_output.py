@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import numpy as np
 import pytest
 from fake_engine import FakeEngine
@@ -135,7 +137,10 @@ ON_A_CPU = RuntimeError(
 )
 
 
-@pytest.mark.parametrize("error", [OutOfMemoryError(), ON_A_CPU, MemoryError()])
+FURTHER = [RuntimeError("std::bad_alloc"), RuntimeError("could not create a primitive")]
+
+
+@pytest.mark.parametrize("error", [OutOfMemoryError(), ON_A_CPU, MemoryError(), *FURTHER])
 def test_out_of_memory_reduces_only_the_failing_batch(error, tmp_path):
     manifest = write(tmp_path / "m.jsonl", *stories(8))
     engine = FakeEngine(batch_size=4, fail=lambda job, n: error if job.row.id == "s1" and n > 1 else None)
@@ -143,6 +148,29 @@ def test_out_of_memory_reduces_only_the_failing_batch(error, tmp_path):
     assert engine.batches == [(4, 4), (2, 2), (1, 1), (1, 1), (2, 2), (4, 4)]
     marked = [bool(row.get("batch_reduced")) for row in lines(tmp_path / "out/results.jsonl")]
     assert marked == [True] * 4 + [False] * 4
+
+
+def test_what_failed_is_let_go_of_before_the_next_attempt(tmp_path):
+    """Its tensors hang on the frames of the traceback: kept, they would take the memory that half the batch needs."""
+
+    class Tensor:
+        pass
+
+    class Engine(FakeEngine):
+        alive: weakref.ref | None = None
+        seen: tuple = ()
+
+        def fill(self, jobs, seeds, batch_size):
+            self.seen += (self.alive is not None and self.alive() is not None,)
+            if batch_size > 1:
+                big = Tensor()
+                self.alive = weakref.ref(big)
+                raise MemoryError
+            return super().fill(jobs, seeds, batch_size)
+
+    engine = Engine(batch_size=4)
+    assert go(write(tmp_path / "m.jsonl", *stories(4)), tmp_path / "out", engine).done == 4
+    assert len(engine.seen) == 7 and not any(engine.seen)
 
 
 def test_an_error_that_is_not_the_items_fault_ends_the_run(tmp_path):

@@ -95,26 +95,32 @@ def attempt(
     Raises:
         MMIError: errors that are not an item's fault (device, model).
     """
+    filled = _filled(engine, seeded, batch_size)  # what failed is let go of before the next attempt needs its memory
+    if not isinstance(filled, ItemError):
+        for (job, _), pieces in zip(seeded, filled, strict=True):
+            yield job, pieces, reduced
+    elif filled.code == "out_of_memory" and batch_size > 1:
+        smaller = batch_size // 2
+        notice(f"out of memory with batches of {batch_size}: trying {smaller} for these items")
+        for start in range(0, len(seeded), smaller):
+            yield from attempt(engine, seeded[start : start + smaller], smaller, notice, True)
+    elif len(seeded) > 1:
+        for pair in seeded:
+            yield from attempt(engine, [pair], batch_size, notice, reduced)
+    else:
+        yield seeded[0][0], filled, reduced
+
+
+def _filled(engine: Engine, seeded: Sequence[tuple[Job, int]], batch_size: int) -> list[list[Piece]] | ItemError:
+    """The pieces of a batch, or why it failed; raises what is not an item's fault."""
     try:
         filled = engine.fill([job for job, _ in seeded], [seed for _, seed in seeded], batch_size)
         if len(filled) != len(seeded):
             raise GenerationError(f"the model returned {len(filled)} of {len(seeded)} items")
+        return filled
     except Exception as error:
-        item_error = as_item_error(error)
         log.debug("batch of %d failed", len(seeded), exc_info=error)
-        if item_error.code == "out_of_memory" and batch_size > 1:
-            smaller = batch_size // 2
-            notice(f"out of memory with batches of {batch_size}: trying {smaller} for these items")
-            for start in range(0, len(seeded), smaller):
-                yield from attempt(engine, seeded[start : start + smaller], smaller, notice, True)
-        elif len(seeded) > 1:
-            for pair in seeded:
-                yield from attempt(engine, [pair], batch_size, notice, reduced)
-        else:
-            yield seeded[0][0], item_error, reduced
-        return
-    for (job, _), pieces in zip(seeded, filled, strict=True):
-        yield job, pieces, reduced
+        return as_item_error(error)
 
 
 def buckets(jobs: Iterable[tuple[Job, Hashable]], batch_size: int, most: int = 2**62) -> Iterator[list[Job]]:
