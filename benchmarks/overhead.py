@@ -1,8 +1,9 @@
 """What our own code costs per item: a manifest of many rows with tiny pictures, and a model that answers at once.
 
-    python benchmarks/overhead.py [--rows 10000] [--json]
+    python benchmarks/overhead.py [--rows 10000] [--task vqa|t2i] [--json]
 
-Everything but the model is real: reading and decoding, batches, rows and small copies flushed to disk, the gallery.
+Everything but the model is real: reading and decoding, batches, rows, media and small copies flushed to disk, the
+gallery. ``vqa`` reads a picture per row, ``t2i`` writes one.
 Memory is the resident size of the process, looked at between items; flat means that it does not grow with the rows.
 """
 
@@ -25,11 +26,13 @@ from PIL import Image  # noqa: E402
 from mmi_engine.data.manifest import Manifest  # noqa: E402
 from mmi_engine.probe import _status  # noqa: E402
 from mmi_engine.run import RunOptions, run  # noqa: E402
-from mmi_engine.tasks import Job, Piece, VqaTask  # noqa: E402
+from mmi_engine.tasks import Job, Piece, T2iTask, VqaTask  # noqa: E402
+
+ANSWERS = {"text": "blue", "image": Image.effect_noise((32, 32), 50).convert("RGB")}
 
 
 class InstantEngine:
-    """The engine protocol without a model: every answer is the same word."""
+    """The engine protocol without a model: every answer is the same word or picture."""
 
     undecided = False
     image_size = input_side = 32
@@ -52,7 +55,7 @@ class InstantEngine:
 
     def fill(self, jobs: Sequence[Job], seeds: Sequence[int], batch_size: int) -> list[list[Piece]]:
         """An answer for each."""
-        return [[*job.pieces[:-1], Piece("text", "blue")] for job in jobs]
+        return [[*job.pieces[:-1], Piece(job.pieces[-1].kind, ANSWERS[job.pieces[-1].kind])] for job in jobs]
 
 
 class Memory:
@@ -75,20 +78,19 @@ class Memory:
         """See `Reporter`."""
 
 
-def measure(rows: int, folder: Path) -> dict[str, float]:
+def measure(rows: int, folder: Path, task: VqaTask | T2iTask) -> dict[str, float]:
     """Milliseconds per item and memory in MiB at the first tenth and at the end."""
     for number in range(10):
         Image.new("RGB", (16, 16), (number * 20, 0, 0)).save(folder / f"{number}.png")
+    text = "question" if isinstance(task, VqaTask) else "prompt"
     lines = (
-        json.dumps({"id": f"q{number:06d}", "image": f"{number % 10}.png", "question": f"What is number {number}?"})
+        json.dumps({"id": f"q{number:06d}", "image": f"{number % 10}.png", text: f"What is number {number}?"})
         for number in range(rows)
     )
     (folder / "m.jsonl").write_text("".join(line + "\n" for line in lines))
     memory = Memory()
     started, worked = time.perf_counter(), time.process_time()
-    summary = run(
-        VqaTask(), Manifest(folder / "m.jsonl"), folder / "out", InstantEngine(), RunOptions(), reporter=memory
-    )
+    summary = run(task, Manifest(folder / "m.jsonl"), folder / "out", InstantEngine(), RunOptions(), reporter=memory)
     seconds, worked = time.perf_counter() - started, time.process_time() - worked
     assert summary.done == rows, summary
     early, late = memory.sizes[len(memory.sizes) // 10], max(memory.sizes)
@@ -106,12 +108,14 @@ def main() -> int:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=10_000)
+    parser.add_argument("--task", choices=["vqa", "t2i"], default="vqa")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
+    task = VqaTask() if arguments.task == "vqa" else T2iTask()
     with tempfile.TemporaryDirectory() as folder:
-        measure(200, Path(folder))  # imports and caches
+        measure(200, Path(folder), task)  # imports and caches
     with tempfile.TemporaryDirectory() as folder:
-        found = measure(arguments.rows, Path(folder))
+        found = measure(arguments.rows, Path(folder), task)
     text = json.dumps(found) if arguments.json else "\n".join(f"{name:<18}{value}" for name, value in found.items())
     sys.stdout.write(text + "\n")
     return 0

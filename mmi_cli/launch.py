@@ -14,6 +14,12 @@ from pathlib import Path
 
 from mmi_engine.errors import UsageError
 
+# launcher, how many it started, number of this one. A Slurm batch script has SLURM_NTASKS and SLURM_PROCID too, and is
+# one process all the same; the tasks of a step are set by srun alone.
+STRANGERS = (
+    ("srun", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID"),
+    ("mpirun", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
+)
 TORCHRUN = "ACCELERATE_USE_CPU=true torchrun --nproc_per_node N -m mmi_cli …"
 
 
@@ -57,10 +63,10 @@ def check(warn: Callable[[str], None], *, streaming: bool, environment: Mapping[
     wanted = _accelerate_wants(environment)
     if wanted is not None and wanted > 1:
         warn(f"accelerate launch was asked for {wanted} processes but started one; on a CPU use: {TORCHRUN}")
-    for name, size, rank in (("srun", "SLURM_NTASKS", "SLURM_PROCID"), ("mpirun", "OMPI_COMM_WORLD_SIZE", None)):
+    for name, size, rank in STRANGERS:
         count = environment.get(size, "1")
-        if count.isdigit() and int(count) > 1 and (rank is None or rank in environment):
-            part = f"--shard $(({rank or 'OMPI_COMM_WORLD_RANK'}+1))/{count}"
+        if count.isdigit() and int(count) > 1 and rank in environment:
+            part = f"--shard $(({rank}+1))/{count}"
             warn(f"{name} started {count} processes that do not know of each other; give each its part with {part}")
 
 

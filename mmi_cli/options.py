@@ -194,8 +194,20 @@ def message_options(function: F) -> F:
     """``--progress``, ``--log-format``, ``-q``, ``-v``: set up the console before the command starts."""
 
     @stack(
-        click.option("--progress", type=click.Choice(["auto", "off"]), default="auto", show_default=True),
-        click.option("--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True),
+        click.option(
+            "--progress",
+            type=click.Choice(["auto", "off"]),
+            default="auto",
+            show_default=True,
+            help="A bar, where stderr is a terminal.",
+        ),
+        click.option(
+            "--log-format",
+            type=click.Choice(["text", "json"]),
+            default="text",
+            show_default=True,
+            help="Messages as text, or a JSON object each.",
+        ),
         click.option("-q", "--quiet", is_flag=True, help="Only errors on stderr."),
         click.option("-v", "--verbose", count=True, help="More on stderr; -vv adds tracebacks."),
     )

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmi_cli import console, evaluating
-from mmi_engine.errors import ManifestError, UsageError
+from mmi_engine.errors import ManifestError, OutputMismatchError, UsageError
 
 if TYPE_CHECKING:
     from mmi_engine.metrics.base import Measure, Options
@@ -96,6 +96,8 @@ def _part(
         produce.produce(
             part, task, manifest, out, choices, limit=limit, shared=shared, reporter=reporter
         )  # fmt: skip
+    except OutputMismatchError as error:  # its own remedy is an option of the generating commands
+        raise OutputMismatchError(error.message, remedy=f'choose another --out, or remove "{out}"') from error
     finally:
         reporter.end()
     cards, more = _score(part, manifest, limit, out, options)

@@ -8,19 +8,23 @@ item must then be done.
 from __future__ import annotations
 
 import base64
+import contextlib
 import csv
 import io
 import json
 import os
 import struct
+import tempfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
+
+NOBODY = 65534
 
 
 @dataclass(frozen=True)
@@ -119,6 +123,17 @@ def reference(name: str, value: Any, code: str | None, make: Callable[[Path], No
     return Case(name, {"image": value}, code, make=make, kind="reference")
 
 
+def secret(folder: Path) -> None:
+    (folder / "secret.png").write_bytes(PNG)
+    (folder / "secret.png").chmod(0)
+
+
+def secret_folder(folder: Path) -> None:
+    (folder / "secret").mkdir()
+    (folder / "secret/x.png").write_bytes(PNG)
+    (folder / "secret").chmod(0)
+
+
 def chat(*contents: Any) -> dict[str, Any]:
     """Turns of user and assistant in turn."""
     return {"messages": [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(contents)]}
@@ -169,6 +184,9 @@ REFERENCES = [
     reference("a link to a folder", "link.png", "image_unreadable", lambda f: (f / "link.png").symlink_to("/tmp")),
     reference("a pipe (would wait for ever)", "pipe.png", "image_unreadable", lambda f: os.mkfifo(f / "pipe.png")),
     reference("a device", "/dev/zero", "image_unreadable"),
+    reference("a file of the kernel (would wait for ever)", "/proc/kmsg", "image_unreadable"),
+    reference("a file without permission to read", "secret.png", "image_unreadable", secret),
+    reference("a folder without permission to enter", "secret/x.png", "image_unreadable", secret_folder),
     reference("a path with NUL", "a\0b.png", "image_not_found"),
     reference("a path of 5000 characters", "x" * 5000, "image_not_found"),
     reference("a number", 3, "bad_image"),
@@ -285,6 +303,23 @@ SECTIONS = {
     "table": "Cells of a CSV",
     "id": "Ids",
 }
+
+
+@contextlib.contextmanager
+def ordinary_user() -> Iterator[Path]:
+    """A fresh folder, and not the rights of root: root reads everything, whatever the permissions say."""
+    with tempfile.TemporaryDirectory() as name:
+        root = os.geteuid() == 0
+        if root:
+            os.chown(name, NOBODY, -1)
+            os.seteuid(NOBODY)
+        try:
+            yield Path(name)
+        finally:
+            if root:
+                os.seteuid(0)
+            for folder in Path(name).rglob("secret"):
+                folder.chmod(0o700)
 
 
 def lines_of(case: Case) -> bytes:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from command_data import FIXED, make_data
 from fake_engine import FakeEngine
-from hostile import CASES, GOOD, SECTIONS, lines_of, noise, table
+from hostile import CASES, GOOD, SECTIONS, Case, lines_of, noise, ordinary_user, secret, secret_folder, table
 from PIL import Image
 
 from mmi_cli import generating
@@ -57,6 +57,15 @@ def prepare(folder: Path) -> Path:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_each_has_its_code_and_the_others_are_unharmed(case, tmp_path, clean):
+    expected = clean(case.command)
+    if case.make in (secret, secret_folder):
+        with ordinary_user() as own:
+            check(case, own, expected)
+    else:
+        check(case, tmp_path, expected)
+
+
+def check(case: Case, tmp_path: Path, clean: tuple[list[dict], dict[str, bytes]]) -> None:
     folder = tmp_path / "data"
     folder.mkdir()
     prepare(folder)
@@ -73,7 +82,7 @@ def test_each_has_its_code_and_the_others_are_unharmed(case, tmp_path, clean):
     assert all(error["message"] and str(tmp_path) not in error["message"] for error in errors)
     rows = {row["id"]: row for row in results(out)}
     assert len(rows) == (2 if case.code else 3)
-    expected, media = clean(case.command)
+    expected, media = clean
     assert [rows[row["id"]] for row in expected] == expected
     assert all((out / name).read_bytes() == content for name, content in media.items())
     (page,) = out.glob("index*.html")

@@ -263,3 +263,14 @@ def test_many_item_errors_are_cut_short(capsys):
     for number in range(100):
         reporter.item(f"m:{number}", errors.RowError("bad"))
     assert len(capsys.readouterr().err.splitlines()) == console.SHOWN_ITEM_ERRORS + 1
+
+
+def test_what_a_newcomer_tries_first_is_answered_with_the_way(tmp_path, capsys):
+    assert main(["vqa", str(tmp_path), "--out", str(tmp_path / "o")]) == 2
+    assert "vqa --question and ground --expression" in capsys.readouterr().err
+    (tmp_path / "m.jsonl").write_text("a red bus\n")
+    assert main(["t2i", str(tmp_path / "m.jsonl"), "--out", str(tmp_path / "o"), "--dry-run"]) == 3
+    assert "read from a file named .txt" in capsys.readouterr().err
+    (tmp_path / "m.jsonl").write_text('{"prompt": "a red bus"\n')
+    assert main(["t2i", str(tmp_path / "m.jsonl"), "--out", str(tmp_path / "o"), "--dry-run"]) == 3
+    assert ".txt" not in capsys.readouterr().err

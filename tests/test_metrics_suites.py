@@ -188,6 +188,11 @@ def test_a_suite_of_ones_own_generates_scores_and_prints_the_table(tmp_path, tin
         tmp_path / "out" / "drawn" / "worst.html"
     ).exists()
     assert main(arguments) == code and "3 of 3 done before" in capsys.readouterr().err
+    assert main([*arguments, "--steps", "2"]) == 2  # made with other settings: the remedy is one that eval has
+    said = capsys.readouterr().err
+    assert (
+        "settings.steps was" in said and f'remove "{tmp_path / "out" / "mine"}"' in said and "--overwrite" not in said
+    )
 
 
 def test_a_broken_row_of_one_manifest_leaves_the_other_parts_their_scores(tmp_path, tiny, capsys):

@@ -80,6 +80,34 @@ def test_a_writer_keeps_order_reports_the_first_error_and_does_nothing_after_it(
     assert done == []
 
 
+def test_a_writer_holds_on_to_no_more_than_its_bytes():
+    """The giver waits while what is queued weighs too much; what is too heavy by itself is done all the same."""
+    gate, done = threading.Event(), []
+    writer = Writer(100, most=25)
+
+    def action(number: int) -> None:
+        gate.wait(10)
+        done.append(number)
+
+    def give() -> None:
+        for number in range(9):
+            writer.do(lambda number=number: action(number), 99 if number == 8 else 10)
+            given.append(number)
+
+    given: list[int] = []
+    giver = threading.Thread(target=give)
+    giver.start()
+    deadline = time.monotonic() + 10
+    while len(given) < 3 and time.monotonic() < deadline:
+        time.sleep(0.001)
+    time.sleep(0.05)
+    assert given == [0, 1, 2]  # two of them weigh 20, the third goes beyond, the fourth has to wait
+    gate.set()
+    giver.join(10)
+    writer.finish()
+    assert done == list(range(9))
+
+
 def test_abandoning_drops_what_waits_and_finishes_what_runs():
     begun, gate, done = threading.Event(), threading.Event(), []
     writer = Writer(9)

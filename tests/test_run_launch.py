@@ -1,16 +1,13 @@
-"""Several processes: torchrun with gloo, and launches that silently go wrong."""
+"""Launches that silently go wrong: one process where several were meant, several that do not know of each other."""
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from command_data import FIXED, OPTIONS, go, make_data
-from test_run_kill import tree
 
 from mmi_cli import launch
 from mmi_engine.errors import UsageError
@@ -18,33 +15,9 @@ from mmi_engine.errors import UsageError
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return make_data(tmp_path_factory.mktemp("data"))
-
-
-def torchrun(processes: int, arguments: list[str]) -> subprocess.CompletedProcess:
-    path = os.pathsep.join(str(REPOSITORY / name) for name in (".", "engine", "kernels"))
-    environment = {**os.environ, "PYTHONPATH": path, "ACCELERATE_USE_CPU": "true"}
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
-    launcher += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "-m", "mmi_cli"]
-    return subprocess.run([*launcher, *arguments], env=environment, capture_output=True, text=True, timeout=300)
-
-
-def test_two_processes_of_torchrun_give_the_bytes_of_one(data, tmp_path):
-    """With a failing row: the launcher ends everyone when one process returns an error, so that one must wait."""
-    command = "story"
-    go(data, command, tmp_path / "one", "--batch-size", "2")
-    fixed = ["--model", str(data / "model"), *FIXED, *OPTIONS[command], "--batch-size", "2"]
-    done = torchrun(2, [command, str(data / f"{command}.jsonl"), "--out", str(tmp_path / "two"), *fixed])
-    assert done.returncode == 1, "the launcher's own code for a process that returned 3"
-    parts = json.loads((tmp_path / "two/run.json").read_text())["parts"]
-    assert parts.keys() == {"1-of-1.0-of-2", "1-of-1.1-of-2"}, done.stderr  # the world really had two processes
-    assert all(part["state"] == "finished" and part["new"] + part["failed"] == 2 for part in parts.values())
-    assert tree(tmp_path / "two") == tree(tmp_path / "one")
-
-
-# -- launches that go wrong silently -----------------------------------------------------------------------------------
+# what sbatch --ntasks 4 exports to its script, and what srun adds
+BATCH = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_NPROCS": "4", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
+STEP = {"SLURM_STEP_ID": "0", "SLURM_STEPID": "0"}
 
 
 @pytest.mark.parametrize(
@@ -55,9 +28,10 @@ def test_two_processes_of_torchrun_give_the_bytes_of_one(data, tmp_path):
         (["accelerate", "launch", "--num_processes", "1"], {"ACCELERATE_USE_CPU": "1"}, None),
         (["accelerate", "launch", "x"], {"ACCELERATE_USE_CPU": "1"}, None),
         (["bash"], {"ACCELERATE_USE_CPU": "1"}, None),
-        (["srun"], {"SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, "--shard $((SLURM_PROCID+1))/4"),
-        (["sbatch"], {"SLURM_NTASKS": "4"}, None),  # the batch script itself, not a task of it
-        (["mpirun"], {"OMPI_COMM_WORLD_SIZE": "2"}, "--shard $((OMPI_COMM_WORLD_RANK+1))/2"),
+        (["srun"], {**BATCH, **STEP, "SLURM_STEP_NUM_TASKS": "4"}, "--shard $((SLURM_PROCID+1))/4"),
+        (["srun"], {**BATCH, **STEP, "SLURM_STEP_NUM_TASKS": "1"}, None),  # srun -n 1 in a job of four tasks
+        (["slurm_script"], BATCH, None),  # the batch script itself, not a task of it
+        (["mpirun"], {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1"}, "$((OMPI_COMM_WORLD_RANK+1))/2"),
         ([], {}, None),
         (["x"], {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "SLURM_NTASKS": "2", "SLURM_PROCID": "0"}, None),
     ],

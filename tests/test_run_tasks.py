@@ -11,10 +11,11 @@ import pytest
 from fake_engine import FakeEngine
 from PIL import Image
 
+from mmi_engine.copies import SMALL_COPY, small_copy
 from mmi_engine.data.images import ImageLoader, prepare, shrink
 from mmi_engine.data.manifest import Manifest, Row
 from mmi_engine.data.maps import Palette, load_map
-from mmi_engine.errors import ConfigError, GenerationError, ItemError, UsageError
+from mmi_engine.errors import ConfigError, GenerationError, ImageError, ItemError, UsageError
 from mmi_engine.run import RunOptions, run
 from mmi_engine.tasks import Candidates, CaptionTask, GroundTask, Piece, Seg2ImgTask, T2iTask, VqaTask
 from mmi_engine.tasks.ground import Seen, parse_box, to_pixels, to_square
@@ -173,17 +174,17 @@ def test_a_box_comes_back_to_the_pixels_it_was_drawn_on(fit, size):
     square, frame = to_square(picture, fit)
     assert square.width == square.height
     if min(size) == 1:
-        assert 0 <= to_pixels((0, 0, 999, 999), Seen(width, height, frame, None))[2] <= width
+        assert 0 <= to_pixels((0, 0, 999, 999), Seen(width, height, frame))[2] <= width
         return
     bright = np.asarray(square.convert("L")) > 160
     ys, xs = np.flatnonzero(bright.any(1)), np.flatnonzero(bright.any(0))
     thousandths = [round(v * 1000 / square.width) for v in (xs[0], ys[0], xs[-1] + 1, ys[-1] + 1)]
-    found = to_pixels(tuple(thousandths), Seen(width, height, frame, None))
+    found = to_pixels(tuple(thousandths), Seen(width, height, frame))
     assert np.abs(np.array(found) - true).max() <= max(1.0, 0.012 * max(size))
 
 
 def test_squeezed_boxes_are_thousandths_of_width_and_height():
-    assert to_pixels((250, 250, 750, 999), Seen(200, 100, (0, 0, 200, 100), None)) == (50, 25, 150, 99.9)
+    assert to_pixels((250, 250, 750, 999), Seen(200, 100, (0, 0, 200, 100))) == (50, 25, 150, 99.9)
 
 
 def test_box_texts():
@@ -199,6 +200,8 @@ def test_ground_draws_at_the_originals_size_and_says_when_there_is_no_box(tmp_pa
     filled = [*job.pieces[:-1], Piece("text", "(250,250)(750,750)")]
     output = task.output(job, filled, "g", 16)
     assert output.fields == {"box": [10, 5, 30, 15], "size": [40, 20], "image": "g.png"}
+    square = job.pieces[[piece.kind for piece in job.pieces].index("image")].value
+    assert job.weight == 3 * (40 * 20 + square.width * square.height), "the original is held and must count"
     drawn = output.media["g.png"]
     assert drawn.size == (40, 20) and drawn.getpixel((10, 8))[0] > 200 and drawn.getpixel((20, 10)) == (0, 0, 0)
     with pytest.raises(GenerationError) as caught:
@@ -281,6 +284,27 @@ def test_unlabelled_pixels_and_values_that_are_no_class(tmp_path):
     assert caught.value.code == "bad_map"
 
 
+@pytest.mark.parametrize("form", ["json", "png"])
+def test_150_classes_are_painted_in_the_colours_of_a_file(form, tmp_path):
+    """As ADE20K has them: a grey PNG of class numbers, 0 unlabelled; the colours are the user's."""
+    colors = [[0, 0, 0], *np.random.default_rng(5).integers(1, 256, (150, 3)).tolist()]
+    if form == "json":
+        (tmp_path / "colours.json").write_text(json.dumps(colors))
+    else:
+        painted = Image.new("P", (3, 2))
+        painted.putpalette([value for color in colors for value in color])
+        painted.save(tmp_path / "colours.png")
+    labels = np.random.default_rng(6).permutation(np.arange(151 * 2) % 151).reshape(2, 151).astype(np.uint8)
+    Image.fromarray(labels).save(tmp_path / "map.png")
+    palette = Palette.find(str(tmp_path / f"colours.{form}"))
+    found = np.asarray(load_map(ImageLoader(tmp_path), "map.png", palette))
+    assert (found == np.asarray(colors)[labels]).all()
+    if form == "json":
+        Image.fromarray(labels + 1).save(tmp_path / "more.png")
+        with pytest.raises(ImageError, match=r"class 151, palette .* has 0 to 150"):
+            load_map(ImageLoader(tmp_path), "more.png", palette)
+
+
 def test_palettes(tmp_path):
     voc = Palette.find("voc").colors  # the first colours as published with PASCAL VOC
     assert voc[:5] == ((0, 0, 0), (128, 0, 0), (0, 128, 0), (128, 128, 0), (0, 0, 128)) and voc[15] == (192, 128, 128)
@@ -313,8 +337,26 @@ def test_small_copies_of_inputs_are_kept_for_the_gallery_alone(tmp_path, loader)
     assert summary.failed == 1 and len(copies) == 2 and copies[1] == "0-c.jpg"
     page = (out / "index.html").read_text()
     assert all(f"index_files/{name}".replace("~", "%7E") in page.replace("~", "%7E") for name in copies)
-    (out / "index_files/9-old.jpg").write_bytes(b"left by a killed run")
+    (out / "index_files/9-old.jpg").write_bytes((out / "index_files/0-c.jpg").read_bytes())  # left by a killed run
     go(tmp_path, CaptionTask(), rows)
     assert sorted(path.name for path in (out / "index_files").iterdir()) == copies
     go(tmp_path, CaptionTask(), rows, overwrite=True, gallery=False)
     assert not (out / "index_files").exists()
+
+
+def test_files_of_the_user_beside_the_small_copies_are_left_alone(tmp_path, loader):
+    rows = [{"id": "a", "image": "a.png"}, {"id": "b", "image": "b.png"}]
+    folder = tmp_path / "out-caption/index_files"
+    folder.mkdir(parents=True)
+    (folder / "notes").mkdir()
+    mine = {"holiday.jpg": small_copy(Image.new("RGB", (9, 9))).replace(SMALL_COPY, b"x" * len(SMALL_COPY))}
+    mine |= {"0-a.jpg": b"the user's, by chance of that name", "1-b.jpg": b"and this", "notes/x.txt": b"mine"}
+    for name, content in mine.items():
+        (folder / name).write_bytes(content)
+    for options in ({}, {}, {"overwrite": True}, {"overwrite": True, "seed": 1, "gallery": False}):
+        out, _, summary = go(tmp_path, CaptionTask(), rows, **options)
+        assert summary.done == 2
+        assert {name: (folder / name).read_bytes() for name in mine} == mine
+        assert (folder / "0-b.jpg").exists() == ("gallery" not in options)
+        assert "gallery" in options or "0-a.jpg" not in (out / "index.html").read_text()
+    assert not (out / "index.html").exists()

@@ -94,23 +94,28 @@ class Writer:
     """One thread that does what it is given, in order. The first exception ends it and is raised to the giver.
 
     Args:
-        depth: how many actions may wait; beyond it `do` blocks.
+        depth: how many actions may wait; most: what they may weigh. Beyond either `do` blocks.
     """
 
-    def __init__(self, depth: int) -> None:
-        self._waiting: queue.Queue[Callable[[], None] | None] = queue.Queue(depth)
+    def __init__(self, depth: int, most: int = 2**62) -> None:
+        self._waiting: queue.Queue[tuple[Callable[[], None], int] | None] = queue.Queue(depth)
+        self._budget = _Budget(most)
+        self._given = 0
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._work, name="mmi-write", daemon=True)
         self._thread.start()
 
-    def do(self, action: Callable[[], None]) -> None:
-        """Queue an action.
+    def do(self, action: Callable[[], None], weight: int = 0) -> None:
+        """Queue an action that holds on to `weight` bytes.
 
         Raises:
             whatever an earlier action raised.
         """
         self._raise()
-        self._waiting.put(action)
+        self._budget.begin(self._given)
+        self._budget.add(weight)
+        self._given += 1
+        self._waiting.put((action, weight))
 
     def finish(self) -> None:
         """Wait until all is done; raises what an action raised."""
@@ -136,9 +141,12 @@ class Writer:
             raise self._error
 
     def _work(self) -> None:
-        while (action := self._waiting.get()) is not None:
+        while (given := self._waiting.get()) is not None:
+            action, weight = given
             if self._error is None:
                 try:
                     action()
                 except BaseException as error:  # kept for the giver, who raises it in the main thread
                     self._error = error
+            del action, given
+            self._budget.take(weight)

@@ -12,8 +12,9 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 from mmi_engine.data.manifest import shorten
-from mmi_engine.errors import GenerationError, ItemError, MMIError
-from mmi_engine.tasks import Job, Piece
+from mmi_engine.errors import GenerationError, ItemError, MMIError, is_out_of_memory
+from mmi_engine.pieces import Piece
+from mmi_engine.tasks import Job
 
 log = logging.getLogger(__name__)
 
@@ -94,41 +95,52 @@ def attempt(
     Raises:
         MMIError: errors that are not an item's fault (device, model).
     """
+    filled = _filled(engine, seeded, batch_size)  # what failed is let go of before the next attempt needs its memory
+    if not isinstance(filled, ItemError):
+        for (job, _), pieces in zip(seeded, filled, strict=True):
+            yield job, pieces, reduced
+    elif filled.code == "out_of_memory" and batch_size > 1:
+        smaller = batch_size // 2
+        notice(f"out of memory with batches of {batch_size}: trying {smaller} for these items")
+        for start in range(0, len(seeded), smaller):
+            yield from attempt(engine, seeded[start : start + smaller], smaller, notice, True)
+    elif len(seeded) > 1:
+        for pair in seeded:
+            yield from attempt(engine, [pair], batch_size, notice, reduced)
+    else:
+        yield seeded[0][0], filled, reduced
+
+
+def _filled(engine: Engine, seeded: Sequence[tuple[Job, int]], batch_size: int) -> list[list[Piece]] | ItemError:
+    """The pieces of a batch, or why it failed; raises what is not an item's fault."""
     try:
         filled = engine.fill([job for job, _ in seeded], [seed for _, seed in seeded], batch_size)
         if len(filled) != len(seeded):
             raise GenerationError(f"the model returned {len(filled)} of {len(seeded)} items")
+        return filled
     except Exception as error:
-        item_error = as_item_error(error)
         log.debug("batch of %d failed", len(seeded), exc_info=error)
-        if item_error.code == "out_of_memory" and batch_size > 1:
-            smaller = batch_size // 2
-            notice(f"out of memory with batches of {batch_size}: trying {smaller} for these items")
-            for start in range(0, len(seeded), smaller):
-                yield from attempt(engine, seeded[start : start + smaller], smaller, notice, True)
-        elif len(seeded) > 1:
-            for pair in seeded:
-                yield from attempt(engine, [pair], batch_size, notice, reduced)
-        else:
-            yield seeded[0][0], item_error, reduced
-        return
-    for (job, _), pieces in zip(seeded, filled, strict=True):
-        yield job, pieces, reduced
+        return as_item_error(error)
 
 
-def buckets(jobs: Iterable[tuple[Job, Hashable]], batch_size: int) -> Iterator[list[Job]]:
+def buckets(jobs: Iterable[tuple[Job, Hashable]], batch_size: int, most: int = 2**62) -> Iterator[list[Job]]:
     """Jobs with their shapes as batches of equal shape, in the order in which these fill up.
 
-    At most `WINDOW` batches' worth of jobs wait.
+    At most `WINDOW` batches' worth of jobs wait, and they weigh at most `most` bytes.
     """
     waiting: dict[Hashable, list[Job]] = {}
+    count = weight = 0
     for job, key in jobs:
         bucket = waiting.setdefault(key, [])
         bucket.append(job)
-        if len(bucket) == batch_size:
-            yield waiting.pop(key)
-        elif sum(map(len, waiting.values())) >= WINDOW * batch_size:
-            yield waiting.pop(next(iter(waiting)))  # the bucket that has waited longest
+        count, weight = count + 1, weight + job.weight
+        if len(bucket) < batch_size:
+            if count < WINDOW * batch_size and weight < most:
+                continue
+            key = next(iter(waiting))  # the bucket that has waited longest
+        full = waiting.pop(key)
+        count, weight = count - len(full), weight - sum(job.weight for job in full)
+        yield full
     yield from waiting.values()
 
 
@@ -139,7 +151,7 @@ def as_item_error(error: Exception) -> ItemError:
     if isinstance(error, MMIError):
         raise error
     name = type(error).__name__
-    if isinstance(error, MemoryError) or name == "OutOfMemoryError":
+    if is_out_of_memory(error):
         remedy = "use a smaller --batch-size or --dtype bf16"
         return GenerationError("out of memory", remedy=remedy, code="out_of_memory")
     if isinstance(error, FloatingPointError):

@@ -8,6 +8,7 @@ first one chose.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -15,13 +16,16 @@ from pathlib import Path
 from typing import Any
 
 from mmi_engine import versions
+from mmi_engine.batches import as_item_error
 from mmi_engine.data.manifest import item_seed
-from mmi_engine.errors import BackendError, DeviceError, ItemError, UsageError
-from mmi_engine.tasks import Job, Piece
+from mmi_engine.errors import BackendError, DeviceError, UsageError, is_out_of_memory
+from mmi_engine.pieces import Piece
+from mmi_engine.probe import together
+from mmi_engine.tasks import Job
 
 log = logging.getLogger(__name__)
 
-AUTO_BATCH = {"cpu": 4, "cuda": 16}  # upper bounds; never more than the manifest has rows
+AUTO_BATCH = {"cpu": 4, "cuda": 16}  # upper bounds, on a CPU at least the threads; never more than there are rows
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,7 @@ class ModelEngine:
         self._model: Any = None
         self._clip: Any = None
         self._probing = False
+        self._unit = 1
 
     def identity(
         self, rows: int, recorded: dict[str, Any], sample: Callable[[], Job | None] | None = None
@@ -90,18 +95,21 @@ class ModelEngine:
         self.image_size = config.image_decoder.vae.image_size
         self.input_side = max(self.image_size, config.vision.image_size)
         before = recorded.get("settings", {})
-        self._device = self._resolve_device()
+        self._device = self._resolve_device(before.get("device"))
         kind = self._device.split(":")[0]
-        dtype = self._resolve_dtype(kind)
+        same = before if before.get("device") == kind else {}
+        dtype = self._resolve_dtype(kind, same.get("dtype"))
+        threads = self.choices.threads or before.get("threads") or versions.physical_cores()
+        self._unit = threads if kind == "cpu" else 1
         known = self.choices.batch_size or before.get("batch_size")
-        self.batch_size = known or max(1, min(rows, AUTO_BATCH[kind]))
+        self.batch_size = known or together(min(rows, max(AUTO_BATCH[kind], self._unit)), self._unit)
         self.undecided = known is None and self.batch_size > 1 and sample is None
         generation = self._resolve_generation(config)
         self.resolved = {
             "device": kind,
             "dtype": dtype,
-            "kernel": self._resolve_kernel(kind, dtype),
-            "threads": self.choices.threads or before.get("threads") or versions.physical_cores(),
+            "kernel": self._resolve_kernel(kind, dtype, same.get("kernel")),
+            "threads": threads,
             "batch_size": self.batch_size,
             **generation,
         }
@@ -123,7 +131,7 @@ class ModelEngine:
         meter = HostMeter() if self._device == "cpu" else CudaMeter(self._device)
         single = self._last_piece_of(job)
         try:
-            size = choose(lambda size: self._try(single, size), bound, meter)
+            size = choose(lambda size: self._try(single, size), bound, meter, unit=self._unit)
         finally:
             self._settings = full
         self.batch_size = self.resolved["batch_size"] = size
@@ -145,7 +153,10 @@ class ModelEngine:
         """The sample in a batch of `size`; a fault of the item is none of the probe's."""
         try:
             self.fill([job], [0], size)
-        except (ItemError, FloatingPointError):
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            as_item_error(error)  # raises what is the model's or the device's fault
             log.debug("the probe's item fails", exc_info=True)
 
     def record(self) -> dict[str, Any]:
@@ -155,6 +166,8 @@ class ModelEngine:
             name: {"value": value, "origin": chosen.get(name, self._default_of(name))}
             for name, value in self.resolved.items()
         }
+        rows = together(self.batch_size, self._unit)
+        settings["rows_together"] = {"value": rows, "origin": "batch_size and threads"}
         return {"model": self.choices.model, "settings": settings, "versions": versions.versions()}
 
     _from_model: frozenset[str] = frozenset({"steps", "guidance", "scheduler"})
@@ -163,11 +176,14 @@ class ModelEngine:
     def _default_of(self, name: str) -> str:
         return "model" if name in self._from_model else "task" if name in self._from_task else "default"
 
-    def _resolve_device(self) -> str:
+    def _resolve_device(self, before: str | None) -> str:
+        """`before`: of the run that is resumed, taken over where it can be."""
         import torch
 
         wanted = self.choices.device
         if wanted == "auto":
+            if before == "cpu":
+                return before
             return f"cuda:{self.choices.local_rank}" if torch.cuda.is_available() else "cpu"
         if wanted == "cpu":
             return wanted
@@ -178,18 +194,23 @@ class ModelEngine:
             raise DeviceError(f"--device {wanted}: {found} here", remedy="use --device cpu or auto; see mmi doctor")
         return f"cuda:{index}"
 
-    def _resolve_dtype(self, kind: str) -> str:
+    def _resolve_dtype(self, kind: str, before: str | None) -> str:
         import torch
 
         if self.choices.dtype != "auto":
             return self.choices.dtype
+        if before is not None:
+            return before
         if kind == "cpu":
             return "fp32"
         return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
 
-    def _resolve_kernel(self, kind: str, dtype: str) -> str:
+    def _resolve_kernel(self, kind: str, dtype: str, before: str | None) -> str:
         from mmi_kernels import KernelUnavailable, resolve
 
+        if self.choices.kernel == "auto" and before is not None:
+            with contextlib.suppress(KernelUnavailable):
+                return resolve(before, kind, _torch_dtype(dtype))
         try:
             return resolve(self.choices.kernel, kind, _torch_dtype(dtype))
         except KernelUnavailable as error:
@@ -238,13 +259,22 @@ class ModelEngine:
 
         tune_cpu(self.resolved["threads"])
         resolved = self.resolved
-        threads = f", {resolved['threads']} threads" if resolved["device"] == "cpu" else ""
+        count = resolved["threads"]
+        threads = f", {count} thread{'s' * (count != 1)}" if resolved["device"] == "cpu" else ""
         self.notice(
             f"{self.choices.model} on {self._device}, {resolved['dtype']}, kernel {resolved['kernel']}{threads}, "
-            f"batch size {'to be tried' if self._probing else self.batch_size}"
+            f"batch size {'to be tried' if self._probing else self._batches()}"
         )
         self._model = load_model(self._directory, device=self._device, dtype=_torch_dtype(resolved["dtype"]))
         self._model.set_backend(resolved["kernel"])
+
+    def _batches(self) -> str:
+        """The batch size, and how many rows of it are computed at a time where these are fewer."""
+        rows = together(self.batch_size, self._unit)
+        if rows == self.batch_size:
+            return str(rows)
+        why = "fewer than" if rows == 1 else "a multiple of"
+        return f"{self.batch_size}, {rows} computed at a time ({why} the {self._unit} threads)"
 
     def shape(self, job: Job) -> Hashable:
         """Kind, padded context length and images before every missing piece; a text yet to be made counts as empty.
@@ -256,7 +286,7 @@ class ModelEngine:
         from mmi_engine.generate.interleave import check_room, padded
 
         config = self._model.config
-        known = [sequence.Piece(piece.kind, piece.value or "") for piece in job.pieces]
+        known = [piece if piece.value is not None else replace(piece, value="") for piece in job.pieces]
         shape: list[Hashable] = [job.free, job.candidates]
         for index, piece in enumerate(job.pieces):
             if piece.value is None:
@@ -272,20 +302,18 @@ class ModelEngine:
         """See `Engine.fill`: every candidate is a document of its own, from a seed of its own."""
         import torch
 
-        from mmi_engine import sequence
         from mmi_engine.generate import interleave
 
         items, item_seeds, free = [], [], []
         for job, seed in zip(jobs, seeds, strict=True):
             for number in range(job.candidates):
-                items.append([sequence.Piece(piece.kind, piece.value, piece.options) for piece in job.pieces])
+                items.append(job.pieces)
                 item_seeds.append(seed if number == 0 else item_seed(seed, f"candidate {number}"))
                 free.append(job.free)
         try:
             with torch.no_grad():
                 filled = interleave.fill(self._model, items, item_seeds, self._settings, batch_size, free)
-                made = [[Piece(p.kind, p.value, p.options, p.scores) for p in item] for item in filled]
-                return self._gather(jobs, made, batch_size)
+                return self._gather(jobs, filled, batch_size)
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
             raise

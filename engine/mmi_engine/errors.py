@@ -26,6 +26,16 @@ tells the reader what to do; `str(error)` is cause and remedy in one line.
 
 from __future__ import annotations
 
+# torch's allocator; C++; oneDNN, which has no memory for a convolution's code or scratch space
+NO_MEMORY = ("DefaultCPUAllocator", "std::bad_alloc", "could not create a primitive")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, of this process or of a device. On a CPU torch says so in plain RuntimeErrors."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in NO_MEMORY)
+
 
 class MMIError(Exception):
     """Base of all errors with a cause, a place and a remedy.

@@ -2,7 +2,8 @@
 
 Place in the flow: `engine.py` calls `choose` once per output directory, with the model loaded; the size is recorded
 there, and resumed runs and other processes take it over. Two sizes are run with a single denoising step, the growth of
-the peak memory between them is what an item costs, and the largest power of two below the bound that fits is taken.
+the peak memory between them is what an item costs, and the largest size below the bound that fits is taken. Sizes
+double from `unit` on: the threads of a CPU, among which the rows of a batch are dealt out evenly.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
+
+from mmi_engine.errors import is_out_of_memory
 
 SHARE = 0.6  # of the free memory; the rest is for longer items than the one probed
 
@@ -28,31 +31,42 @@ class Meter(Protocol):
         ...
 
 
-def choose(run: Callable[[int], None], bound: int, meter: Meter, share: float = SHARE) -> int:
+def together(batch_size: int, unit: int) -> int:
+    """Rows that are computed at a time in a batch: a multiple of `unit`, or one where there are fewer."""
+    return max(1, batch_size // unit * unit)
+
+
+def choose(run: Callable[[int], None], bound: int, meter: Meter, share: float = SHARE, unit: int = 1) -> int:
     """The batch size.
 
     Args:
-        run: computes the sample in a batch of this size; may raise MemoryError or torch's OutOfMemoryError.
+        run: computes the sample in a batch of this size; may run out of memory, see `is_out_of_memory`.
         bound: never more.
         meter: of the device.
         share: part of the free memory that may be used.
+        unit: sizes above 1 are multiples of it; see `together`.
 
     Returns:
-        a power of two up to `bound`, or `bound` itself; at least 1.
+        1, or `unit` doubled a few times, or the largest size up to `bound`.
     """
+    bound, more = together(bound, unit), max(2, unit)
     try:
         one = meter.used(lambda: run(1))
-        two = meter.used(lambda: run(2)) if bound > 1 else one
+        many = meter.used(lambda: run(more)) if bound > 1 else one
     except Exception as error:
-        if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        if is_out_of_memory(error):
             return 1
         raise
-    each = max(0, two - one)
+    each = max(0, many - one) / (more - 1)
     room = meter.free() * share
     size = 1
-    while size < bound and one + each * (min(2 * size, bound) - 1) <= room:
-        size = min(2 * size, bound)
+    while size < bound and one + each * (_next(size, bound, unit) - 1) <= room:
+        size = _next(size, bound, unit)
     return size
+
+
+def _next(size: int, bound: int, unit: int) -> int:
+    return min(bound, 2 * size if size >= unit else unit)
 
 
 class HostMeter:

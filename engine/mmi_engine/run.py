@@ -15,7 +15,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Generator, Hashable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -25,21 +25,24 @@ from mmi_engine import gallery
 from mmi_engine.ahead import Writer, ahead
 from mmi_engine.batches import Engine, as_item_error, attempt, buckets
 from mmi_engine.copies import copies_of, copy_name, sweep_copies
-from mmi_engine.data.images import ImageLoader, shrink, small_copy
+from mmi_engine.data.images import ImageLoader, bytes_of
 from mmi_engine.data.manifest import Manifest, Row, item_seed
-from mmi_engine.errors import GenerationError, Interrupted, ItemError, StoppedError
+from mmi_engine.errors import GenerationError, Interrupted, ItemError, OutputMismatchError, StoppedError
 from mmi_engine.interrupt import Interrupt
 from mmi_engine.names import Stems
 from mmi_engine.outdir import Entry, OutputDir
+from mmi_engine.pieces import Piece
 from mmi_engine.plan import Reporter, RunOptions, Summary, select
+from mmi_engine.reading import Reader
+from mmi_engine.rows import differences
 from mmi_engine.stream import StreamOut
-from mmi_engine.tasks import Job, Piece, Task
+from mmi_engine.tasks import Job, Task
 
 __all__ = ["Reporter", "RunOptions", "Summary", "run", "select"]
 
 LAUNCH_GRACE_S = 60.0  # how long a process that has failed items waits for others that it does not see
-MAX_AHEAD_BYTES = 2**30  # of pictures that are read ahead
-MAX_COPIES = 12  # given pictures of one item that the gallery shows
+HELD_BYTES = 2**29  # of pictures in each of three places: read ahead, waiting for a batch, waiting for the disk
+AUTO = frozenset({"device", "dtype", "kernel"})  # what follows from the machine unless it is named
 
 
 def run(
@@ -76,22 +79,6 @@ def run(
         return worker.run()
 
 
-@dataclass(frozen=True)
-class _Read:
-    """A row after reading: the job with small copies of its pictures, or why there is none."""
-
-    row: Row
-    job: Job | None = None
-    copies: tuple[bytes, ...] = ()
-    error: ItemError | None = None
-
-    @property
-    def weight(self) -> int:
-        """Bytes of its pictures."""
-        pictures = [piece.value for piece in self.job.pieces if piece.kind == "image"] if self.job else []
-        return sum(3 * picture.width * picture.height for picture in pictures if picture is not None)
-
-
 class _Worker:
     """State of one `run`."""
 
@@ -106,9 +93,11 @@ class _Worker:
         reporter: Reporter | None,
     ) -> None:
         self.task, self.manifest, self.engine, self.options = task, manifest, engine, options
-        self.loader, self.reporter = loader, reporter
+        self.reporter = reporter
         self.out = out
         self.directory = out.directory if isinstance(out, OutputDir) else None
+        copies = task.keeps_inputs and options.gallery and self.directory is not None
+        self.reader = Reader(task, loader, copies)
         self.summary = Summary()
         self.stems = Stems()
         self.order: list[Entry] = []
@@ -137,7 +126,8 @@ class _Worker:
             self.out.flush_rest()
         if interrupted:
             again = "run the same command again to resume" if self.directory else "nothing is kept with --out -"
-            raise Interrupted(f"interrupted after {self.summary.new} new items", remedy=again)
+            new = self.summary.new
+            raise Interrupted(f"interrupted after {new} new item{'s' * (new != 1)}", remedy=again)
         if self.stopped_by is not None:
             raise StoppedError(str(self.stopped_by), remedy="fix it, or run with --on-error skip")
         launched = self._of_the_launch()
@@ -175,11 +165,27 @@ class _Worker:
 
     def _identity(self, sample: Callable[[], Job | None] | None) -> dict[str, Any]:
         """With the ``auto`` choices of run.json where all else agrees: no other part is lost to a choice made anew."""
-        recorded = self.out.read_run().get("identity", {})
+        anew = self.options.overwrite and self.options.part.whole
+        recorded = {} if anew else self.out.read_run().get("identity", {})
         identity = self._identity_after(recorded, sample)
         if self.options.overwrite and recorded and identity != recorded:
+            self._spare_the_others(recorded, identity)
             return self._identity_after({}, sample)
         return identity
+
+    def _spare_the_others(self, recorded: dict[str, Any], identity: dict[str, Any]) -> None:
+        """Refuse to wipe the other parts where only ``auto`` comes to something else on this machine."""
+        there, here = recorded.get("settings", {}), identity["settings"]
+        changed = {name for name in (*there, *here) if there.get(name) != here.get(name)}
+        origins = self.engine.record()["settings"]
+        chosen = {name for name in AUTO if origins.get(name, {}).get("origin") == "default"}
+        if changed <= chosen and {**recorded, "settings": here} == identity:
+            found = "; ".join(differences(recorded, identity))
+            raise OutputMismatchError(
+                f"auto comes to something else than where other parts were made: {found}",
+                remedy="work on this part where they were made, choose another --out, or name the options "
+                f"({', '.join(f'--{name} {here[name]}' for name in sorted(changed))}) to start all parts anew",
+            )
 
     def _identity_after(self, recorded: dict[str, Any], sample: Callable[[], Job | None] | None) -> dict[str, Any]:
         return {
@@ -193,7 +199,7 @@ class _Worker:
     def _sample(self) -> Job | None:
         """The first row of the manifest that the model would work on, whatever part this process has."""
         for row in self.manifest.rows():
-            found = self._read(row)
+            found = self.reader.read(row, self.engine.input_side)
             if found.job is not None and found.job.to_generate:
                 return found.job
         return None
@@ -232,10 +238,10 @@ class _Worker:
         self.out.expect(todo)
         if not todo:
             return
-        self.writer = Writer(depth=max(4, 2 * self.engine.batch_size))
+        self.writer = Writer(max(4, 2 * self.engine.batch_size), HELD_BYTES)
         jobs = self._jobs(set(todo), interrupt)
         try:
-            for batch in buckets(jobs, self.engine.batch_size):
+            for batch in buckets(jobs, self.engine.batch_size, HELD_BYTES):
                 self._do(batch)
                 if interrupt.requested or self.stopped_by is not None:
                     break
@@ -248,7 +254,8 @@ class _Worker:
         """Jobs of the rows to do with their shapes, read ahead; what cannot become one goes to the errors at once."""
         rows = islice((row for row in self.manifest.rows() if row.line in todo), len(todo))
         depth = min(64, max(4, 2 * self.engine.batch_size))
-        reading = ahead(self._read, rows, depth, lambda found: found.weight, MAX_AHEAD_BYTES)
+        read = partial(self.reader.read, side=self.engine.input_side)
+        reading = ahead(read, rows, depth, lambda found: found.weight, HELD_BYTES)
         try:
             for found in reading:
                 if interrupt.requested or self.stopped_by is not None:
@@ -270,29 +277,6 @@ class _Worker:
                     self._finished(found.job, found.job.pieces, reduced=False)
         finally:
             reading.close()
-
-    def _read(self, row: Row) -> _Read:
-        """In a reading thread: pictures decoded and no larger than the model needs, small copies made."""
-        try:
-            if row.error is not None:
-                raise row.error
-            return self._prepared(row)
-        except Exception as error:  # a fault that nobody foresaw is this row's alone, too
-            return _Read(row, error=as_item_error(error))
-
-    def _prepared(self, row: Row) -> _Read:
-        job = self.task.read(row, self.loader)
-        copies: tuple[bytes, ...] = ()
-        if self.task.keeps_inputs and self.options.gallery and self.directory is not None:
-            given = [piece.value for piece in job.pieces if piece.kind == "image" and piece.value is not None]
-            shown = given if job.shown is None else job.shown
-            copies = tuple(small_copy(picture) for picture in shown[:MAX_COPIES])
-        side = self.engine.input_side
-        pieces = [
-            replace(piece, value=shrink(piece.value, side)) if piece.kind == "image" and piece.value else piece
-            for piece in job.pieces
-        ]
-        return _Read(row, replace(job, pieces=pieces, shown=None), copies)
 
     def _load_once(self) -> None:
         if not self.loaded:
@@ -326,7 +310,8 @@ class _Worker:
         if reduced:
             result["batch_reduced"] = True
         result |= {"seed": self._seed(row), "status": "ok"}
-        self._later(partial(self._commit, row, result, output.media, copies))
+        weight = sum(map(bytes_of, output.media.values()))
+        self._later(partial(self._commit, row, result, output.media, copies), weight)
 
     def _commit(self, row: Row, result: dict[str, Any], media: dict[str, Any], copies: dict[str, bytes]) -> None:
         self.out.commit(result, media, copies, row.line)
@@ -349,9 +334,9 @@ class _Worker:
         if self.reporter:
             self.reporter.item(place, error)
 
-    def _later(self, action: Callable[[], None]) -> None:
+    def _later(self, action: Callable[[], None], weight: int = 0) -> None:
         assert self.writer is not None
-        self.writer.do(action)
+        self.writer.do(action, weight)
 
     def _notice(self, text: str) -> None:
         if self.reporter:

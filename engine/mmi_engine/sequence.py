@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from mmi_engine.model.config import SpecialTokens
+from mmi_engine.pieces import Piece as Piece
 
 NO_LOSS = -100
 """Target id that cross-entropy ignores."""
@@ -26,19 +27,6 @@ class TextTokenizer(Protocol):
     def encode(self, text: str) -> list[int]: ...
 
     def decode(self, ids: list[int]) -> str: ...
-
-
-@dataclass
-class Piece:
-    """One piece of an interleaved document. ``value`` is a string or an image; ``None`` asks for it to be generated.
-
-    ``options``: a missing text is the most likely of these; ``scores``: what was found about them.
-    """
-
-    kind: Literal["text", "image"]
-    value: Any = None
-    options: tuple[str, ...] = ()
-    scores: tuple[float, ...] = ()
 
 
 @dataclass

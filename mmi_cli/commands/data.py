@@ -25,7 +25,10 @@ def data() -> None:
 @input_options
 @message_options
 def check(manifest: str, task: str, root: str | None, allow_urls: bool) -> int:
-    """Read every row and every image of MANIFEST; exit code 3 when some would fail."""
+    """Validate MANIFEST: every row and every image.
+
+    No model is loaded. The exit code is 3 when some rows would fail.
+    """
     from mmi_engine.check import check as check_manifest
     from mmi_engine.check import task_named
     from mmi_engine.data.images import ImageLoader
@@ -86,7 +89,10 @@ Examples:
 @click.option("--trust-pickle", is_flag=True, help="Open pickles, which may run code.")
 @message_options
 def import_(format: str, source: Path, out: Path, **options: Any) -> int:
-    """Write SRC, a data set in FORMAT, as manifest.jsonl into --out, with counts of what was dropped and why."""
+    """Turn SRC, a data set in FORMAT, into a manifest.
+
+    Writes manifest.jsonl into --out, and tells what was dropped and why.
+    """
     from mmi_engine.data.importers.base import MANIFEST, ImportOptions, run_import
     from mmi_engine.data.importers.formats import reader
 

@@ -37,7 +37,9 @@ Fields of --template: {segmentation}, {prompt}.
 @manifest_argument
 @out_option
 @click.option(
-    "--palette", metavar="NAME|FILE", help="toon, voc, or a JSON list of [r, g, b].  [default: the model's, else voc]"
+    "--palette",
+    metavar="NAME|FILE",
+    help="toon, voc, a JSON list of [r, g, b], or a palette PNG.  [default: the model's, else voc]",
 )
 @candidate_options
 @template_option

@@ -96,6 +96,8 @@ class ImageLoader:
         try:
             path = self.root / reference
             info = os.stat(path)
+        except PermissionError as error:
+            raise ImageError(f"{name} cannot be read: {error.strerror}", code="image_unreadable") from None
         except (OSError, ValueError):
             folder = self.root.absolute().name + "/"
             raise ImageError(
@@ -105,6 +107,8 @@ class ImageLoader:
             ) from None
         if not stat.S_ISREG(info.st_mode):  # reading a pipe would wait for ever
             raise ImageError(f"{name} is not a file", code="image_unreadable")
+        if info.st_size == 0:  # or one of /proc, some of which never end
+            raise ImageError(f"{name} is empty", code="image_unreadable")
         if info.st_size > self.max_bytes:
             raise ImageError(f"{name} is larger than {self.max_bytes >> 20} MiB", code="image_too_large")
         try:
@@ -278,16 +282,9 @@ def shrink(image: Image.Image, side: int) -> Image.Image:
     return image
 
 
-def small_copy(image: Image.Image, side: int = 320) -> bytes:
-    """A JPEG of at most `side` × `side` pixels for a gallery, proportions kept."""
-    from PIL import Image
-
-    small = image.convert("RGB")
-    if max(small.size) > side:
-        small.thumbnail((side, side), Image.Resampling.BICUBIC)
-    stream = io.BytesIO()
-    small.save(stream, format="JPEG", quality=88)
-    return stream.getvalue()
+def bytes_of(image: Image.Image) -> int:
+    """Memory of a decoded RGB picture."""
+    return 3 * image.width * image.height
 
 
 def _cut_long_side(image: Image.Image) -> Image.Image:

@@ -31,6 +31,7 @@ from mmi_engine.errors import ManifestError, RowError
 
 MAX_LINE_BYTES = 256 * 2**20  # a row may hold several pictures as data: URIs
 ID_WIDTH = 6  # default ids: 000001, 000002, … (the line number)
+ASK_ALL = "; vqa --question and ground --expression ask the same of every picture in a folder"
 MAX_SEED = 2**63 - 1
 _SPOOL_BYTES = 32 * 2**20
 _BINARY = (b"PAR1", b"\x89PNG", b"\xff\xd8\xff", b"PK\x03\x04", b"\x1f\x8b", b"\x89HDF", b"GIF8")
@@ -143,7 +144,7 @@ class Manifest:
             remedy = """one prompt: echo '{"prompt": "…"}' | mmi t2i - --out DIR"""
         try:
             if path.is_dir():
-                raise ManifestError(f'manifest "{path}" is a folder', remedy="name a JSONL file in it")
+                raise ManifestError(f'manifest "{path}" is a folder', remedy=f"name a JSONL file in it{ASK_ALL}")
             if not path.is_file():  # a device would end nowhere
                 raise ManifestError(f'manifest "{path}" not found', remedy=remedy)
             with path.open("rb"):
@@ -288,7 +289,8 @@ def _parse_json(raw: bytes) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise RowError(
             f"broken JSON: {error.msg} at character {error.pos + 1}",
-            remedy="each line must be one complete JSON object",
+            remedy="each line must be one complete JSON object"
+            + ("" if text.lstrip().startswith(("{", "[")) else "; plain lines of text are read from a file named .txt"),
             code="bad_json",
         ) from None
     if not isinstance(data, dict):

@@ -9,6 +9,7 @@ are taken as they are. Code of what is none of these: ``bad_map``.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +44,7 @@ class Palette:
 
     @classmethod
     def find(cls, name: str) -> Palette:
-        """``toon``, ``voc`` (256 colours of the PASCAL VOC rule), or a JSON file with a list of [r, g, b].
+        """``toon``, ``voc`` (256 colours of the PASCAL VOC rule), a JSON list of [r, g, b], or a palette PNG.
 
         Raises:
             ConfigError: no such palette, or a broken file.
@@ -55,15 +56,29 @@ class Palette:
         if name == "voc":
             return cls(name, tuple(_voc(index) for index in range(256)))
         try:
-            listed = json.loads(Path(name).read_text(encoding="utf-8"))
+            content = Path(name).read_bytes()
+            listed = _colors_of_png(content) or json.loads(content.decode("utf-8"))
         except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or "no JSON"
+            reason = getattr(error, "strerror", None) or "neither JSON nor a palette PNG"
             raise ConfigError(
-                f'palette "{name}" cannot be read: {reason}', remedy="use toon, voc, or a JSON list of [r, g, b]"
+                f'palette "{name}" cannot be read: {reason}',
+                remedy="use toon, voc, a JSON list of [r, g, b], or a palette PNG",
             ) from None
         if not isinstance(listed, list) or not listed or not all(map(_is_color, listed)):
             raise ConfigError(f'palette "{name}" is no list of [r, g, b]', remedy="numbers run from 0 to 255")
         return cls(name, tuple((r, g, b) for r, g, b in listed))
+
+
+def _colors_of_png(content: bytes) -> list[list[int]] | None:
+    """The colours of a palette PNG; None for anything else."""
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(content), formats=["PNG"]) as picture:
+            flat = picture.getpalette() or []
+    except (OSError, ValueError, SyntaxError):
+        return None
+    return [flat[start : start + 3] for start in range(0, len(flat), 3)] or None
 
 
 def _is_color(entry: Any) -> bool:

@@ -12,7 +12,8 @@ reductions work row by row. Source: docs/model.md.
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,7 +29,9 @@ from mmi_engine.generate.text import Prompt, generate_text
 from mmi_engine.model.config import ModelConfig
 from mmi_engine.model.interleaved import MMInterleaved
 from mmi_engine.model.vision import VisualOutput
-from mmi_engine.sequence import Piece, context_columns, pad_rows, tokenize
+from mmi_engine.pieces import Piece
+from mmi_engine.probe import together
+from mmi_engine.sequence import context_columns, pad_rows, tokenize
 
 LENGTH_STEP = 32
 """Sequence lengths are rounded up to a multiple of this, always with padding left, so that all rows take one path."""
@@ -49,8 +52,10 @@ class Document:
     pieces: list[Piece]
     seed: int
     free: int
+    given: int = 0  # pieces of the document as it came; what follows is free
     encoded: list[_Encoded] = field(default_factory=list)
     ended: bool = False
+    made: int = 0
 
     def next_missing(self) -> int | None:
         """Index of the next piece to make, ``None`` when all have values."""
@@ -60,6 +65,11 @@ class Document:
     def unfinished(self) -> bool:
         """Whether anything is still to be made."""
         return self.next_missing() is not None or (self.free > 0 and not self.ended)
+
+    def give(self, index: int, value: Any, scores: tuple[float, ...] = ()) -> None:
+        """Piece ``index`` has been made."""
+        self.made += 1
+        self.pieces[index] = replace(self.pieces[index], value=value, scores=scores)
 
     def generator(self, index: int) -> torch.Generator:
         """Random numbers of piece ``index``."""
@@ -89,13 +99,12 @@ def fill(
         The documents with values (and, with ``free``, further pieces); pictures as RGB at the decoder's size.
 
     Raises:
-        TextTooLongError: a document does not fit into the model's context.
+        TextTooLongError: a document does not fit into the model's context. A free continuation ends where it is full.
         FloatingPointError: the model produced NaN or infinity.
     """
     free = free or [0] * len(items)
     documents = [
-        Document([Piece(p.kind, p.value, p.options) for p in item], seed, extra)
-        for item, seed, extra in zip(items, seeds, free, strict=True)
+        Document(list(item), seed, extra, len(item)) for item, seed, extra in zip(items, seeds, free, strict=True)
     ]
     maker = Maker(model, settings, batch_size)
     with torch.no_grad():
@@ -123,8 +132,15 @@ class Maker:
             index = document.next_missing()
             if index is None:
                 index = self._open_free(document)
-            if index is not None:
-                waiting.setdefault(self._shape(document, index), []).append((document, index))
+            if index is None:
+                continue
+            try:
+                shape = self._shape(document, index)
+            except TextTooLongError:
+                if not self._end_free(document, index):
+                    raise
+                continue
+            waiting.setdefault(shape, []).append((document, index))
         for (kind, *_), group in waiting.items():  # type: ignore[misc]
             for start in range(0, len(group), self.batch_size):
                 self.make(kind, group[start : start + self.batch_size])
@@ -140,6 +156,14 @@ class Maker:
             return None
         document.pieces.append(Piece("text"))
         return len(document.pieces) - 1
+
+    def _end_free(self, document: Document, index: int) -> bool:
+        """End a free continuation that has no room for piece ``index``; False where there is nothing to show for it."""
+        if index < document.given or not document.made:
+            return False
+        del document.pieces[index:]
+        document.ended = True
+        return True
 
     def _cut(self, document: Document) -> int:
         """How many pieces precede the next missing one."""
@@ -209,7 +233,7 @@ class Maker:
         for (document, index), ids in zip(part, made.ids, strict=False):
             ended = ids[-1] if ids[-1] in (self.tokens.eos, self.tokens.boi) else None
             text = self.model.tokenizer.decode([i for i in ids[1:] if i not in (ended, self.tokens.image)])
-            document.pieces[index].value = text
+            document.give(index, text)
             if document.free and index == len(document.pieces) - 1:
                 self._go_on(document, text, ended)
 
@@ -225,8 +249,8 @@ class Maker:
                     remedy="shorten the options",
                 )
             prompt = self.prompt([(document, index)] * self.batch_size, left=True)
-            piece.scores = tuple(option_scores(self.model, prompt, rows))
-            piece.value = piece.options[max(range(len(rows)), key=lambda number: piece.scores[number])]
+            scores = tuple(option_scores(self.model, prompt, rows))
+            document.give(index, piece.options[scores.index(max(scores))], scores)
 
     def continuation(self, before: list[Piece], text: str) -> list[int]:
         """Token ids of a text behind other pieces, joined as `tokenize` joins texts."""
@@ -258,7 +282,7 @@ class Maker:
         if not bool(torch.isfinite(pictures).all()):
             raise FloatingPointError("the decoded pictures are not finite")
         for (document, index), picture in zip(part, pictures, strict=False):
-            document.pieces[index].value = to_picture(picture)
+            document.give(index, to_picture(picture))
 
     def _request(self, batch: list[tuple[Document, int]]) -> ImageRequest:
         """Context tokens and image features of the pictures to draw."""
@@ -322,8 +346,7 @@ def invariant_rows(batch_size: int, device: torch.device) -> int:
     """
     if device.type != "cpu":
         return batch_size
-    threads = torch.get_num_threads()
-    return max(1, batch_size // threads * threads)
+    return together(batch_size, torch.get_num_threads())
 
 
 def padded(length: int) -> int:

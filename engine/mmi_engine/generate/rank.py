@@ -17,7 +17,7 @@ from PIL import Image
 from mmi_engine.errors import ModelError
 from mmi_engine.generate.interleave import Document, Maker
 from mmi_engine.generate.score import row_scores
-from mmi_engine.sequence import Piece
+from mmi_engine.pieces import Piece
 
 CAPTION_PROMPT = "a photo of"  # the short zero-shot prompt of `mmi caption`
 

@@ -4,7 +4,8 @@
 one file per command. Nothing here imports torch.
 """
 
-from mmi_engine.tasks.base import Job, Output, Panel, Piece, Task
+from mmi_engine.pieces import Piece
+from mmi_engine.tasks.base import Job, Output, Panel, Task
 from mmi_engine.tasks.caption import CaptionTask
 from mmi_engine.tasks.ground import GroundTask
 from mmi_engine.tasks.seg2img import Seg2ImgTask

@@ -1,4 +1,4 @@
-"""What every generating command is made of: pieces, jobs, outputs, and the `Task` protocol between them.
+"""What every generating command is made of: jobs, outputs, and the `Task` protocol between them.
 
 Place in the flow:
 
@@ -12,9 +12,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
+from mmi_engine.data.images import bytes_of
 from mmi_engine.errors import GenerationError
+from mmi_engine.pieces import Piece
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -23,24 +25,6 @@ if TYPE_CHECKING:
     from mmi_engine.data.manifest import Row
 
 MAX_PIECES = 4096  # far beyond any context; stops a hostile row before its images are loaded
-
-
-@dataclass(frozen=True)
-class Piece:
-    """One element of an interleaved sequence.
-
-    Attributes:
-        kind: ``"text"`` or ``"image"``.
-        value: the text or the RGB picture; None asks the model for it.
-        options: of a missing text: it must be one of these, the one the model finds most likely.
-        scores: given back by the engine: summed log-probability of each option, or of a picture among candidates the
-            score that ranks it.
-    """
-
-    kind: Literal["text", "image"]
-    value: Any = None
-    options: tuple[str, ...] = ()
-    scores: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -54,7 +38,8 @@ class Job:
             for at most this many more images; 0 for not at all.
         candidates: how many versions of the last piece (a picture) are made, all of them given back.
         rank: what scores the candidates: None, ``"self"``, or a CLIP model directory.
-        note: what `Task.output` needs to remember of the row's pictures (sizes, an original to draw on).
+        note: what `Task.output` needs to remember of the row's pictures (their sizes).
+        kept: originals that `Task.output` draws on.
         shown: the pictures that the gallery keeps small copies of; None for those among the pieces.
     """
 
@@ -64,7 +49,14 @@ class Job:
     candidates: int = 1
     rank: str | None = None
     note: Any = None
+    kept: tuple[Image.Image, ...] = ()
     shown: tuple[Image.Image, ...] | None = None
+
+    @property
+    def weight(self) -> int:
+        """Bytes of the pictures it holds."""
+        pictures = [piece.value for piece in self.pieces if piece.kind == "image" and piece.value is not None]
+        return sum(map(bytes_of, (*pictures, *self.kept)))
 
     @property
     def to_generate(self) -> bool:

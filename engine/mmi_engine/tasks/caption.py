@@ -11,7 +11,8 @@ from typing import Any
 
 from mmi_engine.data.images import ImageLoader
 from mmi_engine.data.manifest import Row
-from mmi_engine.tasks.base import Job, Output, Panel, Piece, last_text
+from mmi_engine.pieces import Piece
+from mmi_engine.tasks.base import Job, Output, Panel, last_text
 from mmi_engine.tasks.fields import (
     image_references,
     in_part,

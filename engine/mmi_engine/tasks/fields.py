@@ -13,7 +13,8 @@ from typing import Any
 from mmi_engine.data.images import ImageLoader
 from mmi_engine.data.manifest import json_type
 from mmi_engine.errors import RowError
-from mmi_engine.tasks.base import MAX_PIECES, Panel, Piece
+from mmi_engine.pieces import Piece
+from mmi_engine.tasks.base import MAX_PIECES, Panel
 
 
 def text_field(data: dict[str, Any], name: str, *, default: str | None = None) -> str:

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 from mmi_engine.data.images import ImageLoader
 from mmi_engine.data.manifest import Row, shorten
 from mmi_engine.errors import GenerationError, RowError
-from mmi_engine.tasks.base import Job, Output, Panel, Piece, last_text
+from mmi_engine.pieces import Piece
+from mmi_engine.tasks.base import Job, Output, Panel, last_text
 from mmi_engine.tasks.fields import image_references, text_field
 from mmi_engine.tasks.prompts import GROUND_PROMPTS, RELEASED, TOON, Template
 
@@ -34,13 +35,11 @@ Box = tuple[float, float, float, float]
 
 @dataclass(frozen=True)
 class Seen:
-    """What a job remembers: size of the original, the part of it that the model's square shows, and the original
-    itself when it is to be drawn on."""
+    """What a job remembers: size of the original, and the part of it that the model's square shows."""
 
     width: int
     height: int
     frame: Box
-    picture: Image.Image | None
 
 
 class GroundTask:
@@ -84,8 +83,9 @@ class GroundTask:
         picture = loader.load(references[0])
         square, frame = to_square(picture, self.fit)
         pieces = self.template.build({"image": [Piece("image", square)], "expression": expression})
-        seen = Seen(picture.width, picture.height, frame, picture if self.draw else None)
-        return Job(row, [*pieces, Piece("text")], note=seen, shown=(picture,))
+        seen = Seen(picture.width, picture.height, frame)
+        kept = (picture,) if self.draw else ()
+        return Job(row, [*pieces, Piece("text")], note=seen, kept=kept, shown=(picture,))
 
     def output(self, job: Job, filled: Sequence[Piece], stem: str, image_size: int) -> Output:
         """See `Task.output`: ``box`` (xyxy pixels of the original), ``size`` of the original, and the drawn picture."""
@@ -99,9 +99,9 @@ class GroundTask:
             )
         box = to_pixels(thousandths, seen)
         fields: dict[str, Any] = {"box": list(box), "size": [seen.width, seen.height]}
-        if seen.picture is None:
+        if not job.kept:
             return Output(fields)
-        return Output({**fields, "image": f"{stem}.png"}, {f"{stem}.png": draw_box(seen.picture, box)})
+        return Output({**fields, "image": f"{stem}.png"}, {f"{stem}.png": draw_box(job.kept[0], box)})
 
     def panels(self, result: dict[str, Any], data: dict[str, Any], inputs: Sequence[str]) -> list[Panel]:
         """The picture with its box over it, the expression under it."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mmi_engine.errors import RowError, UsageError
-from mmi_engine.tasks.base import Piece
+from mmi_engine.pieces import Piece
 
 TOON, RELEASED = "toon", "released"
 

@@ -13,7 +13,8 @@ from mmi_engine.data.images import ImageLoader
 from mmi_engine.data.manifest import Row
 from mmi_engine.data.maps import Palette, load_map
 from mmi_engine.errors import RowError
-from mmi_engine.tasks.base import Job, Output, Panel, Piece, check_filled
+from mmi_engine.pieces import Piece
+from mmi_engine.tasks.base import Job, Output, Panel, check_filled
 from mmi_engine.tasks.fields import text_field
 from mmi_engine.tasks.prompts import SEG2IMG_PROMPT, Template
 from mmi_engine.tasks.t2i import Candidates

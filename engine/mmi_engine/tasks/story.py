@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from mmi_engine.data.images import ImageLoader, prepare
 from mmi_engine.data.manifest import Row, json_type
 from mmi_engine.errors import RowError
-from mmi_engine.tasks.base import MAX_PIECES, Job, Output, Panel, Piece, check_filled
+from mmi_engine.pieces import Piece
+from mmi_engine.tasks.base import MAX_PIECES, Job, Output, Panel, check_filled
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 from mmi_engine.data.images import ImageLoader
 from mmi_engine.data.manifest import Row
 from mmi_engine.errors import GenerationError, UsageError
-from mmi_engine.tasks.base import Job, Output, Panel, Piece, check_filled
+from mmi_engine.pieces import Piece
+from mmi_engine.tasks.base import Job, Output, Panel, check_filled
 from mmi_engine.tasks.fields import text_field
 from mmi_engine.tasks.prompts import T2I_PROMPT, Template
 
