@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,36 +49,18 @@ class ModelInfo:
         return int(self.parameters * DTYPE_BYTES[dtype] * WORKING_MEMORY)
 
 
-def locate(name: str) -> Path:
-    """Directory of a model by embedded name or path, without importing the model code.
+def locate(name: str, *, convert: bool = True) -> Path:
+    """Directory of a model by embedded name, path or hub id, without importing the model code.
+
+    Args:
+        convert: whether a released checkpoint is to be converted on first use; see `weights.find`.
 
     Raises:
-        ModelError: neither, or one that misses a file.
+        ModelError: there is none, or one that misses a file.
     """
-    directory = Path(__file__).parent / "toon" / "weights" if name == "toon" else Path(name)
-    if not directory.is_dir() and re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not directory.parent.is_dir():
-        directory = _from_hub(name)
-    if not directory.is_dir():
-        raise ModelError(f'model "{name}" not found', remedy="name a model directory, or toon for the embedded model")
-    for needed in ("config.json", "*.safetensors"):
-        if not any(directory.glob(needed)):
-            raise ModelError(f'model "{name}" holds no {needed}', remedy="restore the model directory")
-    return directory
+    from mmi_engine.weights.find import find
 
-
-def _from_hub(name: str) -> Path:
-    """A model directory of the Hugging Face hub, from the local cache where it is there already."""
-    from huggingface_hub import snapshot_download
-
-    wanted = ["config.json", "*.safetensors", "tokenizer.json", "tokenizer.model"]
-    try:
-        return Path(snapshot_download(name, allow_patterns=wanted))
-    except Exception as error:  # the library raises its own, httpx's and OS errors
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ModelError(
-            f'model "{name}" is no directory, and the hub does not give it: {first}',
-            remedy="name a model directory, or toon for the embedded model",
-        ) from error
+    return find(name, convert=convert)
 
 
 def family_of(name: str) -> str:

@@ -1,6 +1,8 @@
-"""`mmi model`: look into model directories."""
+"""`mmi model`: import, look into and assemble model directories."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import click
 
@@ -10,7 +12,66 @@ from mmi_cli.options import SETTINGS, message_options
 
 @click.group("model", context_settings=SETTINGS)
 def model() -> None:
-    """Look into model directories."""
+    """Import, look into and assemble model directories."""
+
+
+@model.command(
+    "import",
+    context_settings=SETTINGS,
+    epilog="Example:\n\n  mmi model import mm_interleaved_pretrain --out 13b --tokenizer lmsys/vicuna-13b-v1.3",
+)
+@click.argument("source", metavar="SRC")
+@click.option("--out", metavar="DIR", required=True, help="The model directory to make.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["stored", "fp32", "bf16", "fp16"]),
+    default="stored",
+    show_default=True,
+    help="Number format of the weights on disk.",
+)
+@click.option("--tokenizer", metavar="T", help="File, folder or hub id of the tokenizer.  [default: in SRC]")
+@click.option(
+    "--image-size",
+    type=click.Choice(["224", "448"]),
+    default="224",
+    show_default=True,
+    help="Pixels of the pictures it reads; 448 resizes the position table.",
+)
+@click.option("--config", "config_file", metavar="FILE", help="config.json, where the sizes are not the released ones.")
+@click.option("--base", "bases", metavar="DIR", multiple=True, help="Base model for what SRC lacks; may be repeated.")
+@message_options
+def import_(
+    source: str,
+    out: str,
+    dtype: str,
+    tokenizer: str | None,
+    image_size: str,
+    config_file: str | None,
+    bases: tuple[str, ...],
+) -> None:
+    """Convert the released checkpoint SRC to a model directory.
+
+    SRC is a folder of .bin or .safetensors shards, one file, or a hub id. Everything is verified before anything is
+    written; an import that was interrupted goes on where it stopped when the same command runs again.
+    """
+    from mmi_engine.weights.requests import import_command
+
+    terminal = console.current()
+    with terminal.counting("importing") as progress:
+        done = import_command(
+            source,
+            Path(out),
+            dtype=dtype,
+            tokenizer=tokenizer,
+            image_size=int(image_size),
+            config_file=config_file,
+            bases=bases,
+            progress=progress,
+        )
+    for name in done.dropped:
+        terminal.notice(f"{name} is not needed and was left out")
+    again = f", {done.resumed} of {done.files} files from before" if done.resumed else ""
+    terminal.notice(f"{done.tensors} tensors, {done.bytes / 1e9:.2f} GB → {done.directory}{again}")
 
 
 @model.command("info", context_settings=SETTINGS, epilog="Example:\n\n  mmi model info toon")

@@ -94,7 +94,7 @@ class VisualTokenizer(nn.Module):
             ffn_ratio=config.ffn_ratio,
             extra_extractors=config.extra_extractors,
         )
-        table = sincos_2d(config.grid, config.grid, channels)
+        table = sincos_2d(config.positions_grid, config.positions_grid, channels)
         self.register_buffer("positions", torch.cat([table.new_zeros(self.trunk.prefix, channels), table]))
         self.project_in = nn.Linear(channels, channels)
         self.norm_in = nn.LayerNorm(channels, eps=TOKEN_NORM_EPS)
