@@ -3,8 +3,8 @@
     python benchmarks/import_memory.py --gigabytes 6 --shard 1 --folder /tmp
 
 Prints one JSON line: sizes, the peak of resident memory above what the program needs before it begins, of both
-processes, and the bound, the largest shard + 2 GB. Everything it makes is removed at the end. The numbers in the checkpoint
-are random; the layout is the released one with a language model of as many layers as fill the size.
+processes, and the bound, the largest shard + 2 GB. Everything it makes is removed at the end. Its numbers are
+random; the layout is the released one with a language model of as many layers as fill the size.
 """
 
 from __future__ import annotations

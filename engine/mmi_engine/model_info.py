@@ -12,9 +12,13 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mmi_engine.errors import ModelError
+from mmi_engine.weights.find import find, kind
+
+if TYPE_CHECKING:
+    from mmi_engine.model.config import ModelConfig
 
 DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 WORKING_MEMORY = 1.25  # activations and caches of small batches, as a factor on the weights
@@ -58,8 +62,6 @@ def locate(name: str, *, convert: bool = True) -> Path:
     Raises:
         ModelError: there is none, or one that misses a file.
     """
-    from mmi_engine.weights.find import find
-
     return find(name, convert=convert)
 
 
@@ -74,7 +76,10 @@ def family(name: str) -> str:
     Raises:
         ModelError: it is not there, or has no readable configuration.
     """
-    path = locate(name) / "config.json"
+    directory = locate(name, convert=False)
+    path = directory / "config.json"
+    if kind(directory) == "released":
+        return "released"
     try:
         return family_of(str(json.loads(path.read_text(encoding="utf-8"))["name"]))
     except (OSError, ValueError, KeyError, TypeError):
@@ -82,8 +87,8 @@ def family(name: str) -> str:
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The safetensors files of a model directory, sorted by name."""
-    return sorted(directory.glob("*.safetensors"))
+    """The safetensors files of a model directory, or the pickled shards of a released one, sorted by name."""
+    return sorted(directory.glob("*.safetensors")) or sorted(directory.glob("*.bin"))
 
 
 def fingerprint(directory: Path) -> str:
@@ -110,20 +115,18 @@ def describe(name: str) -> ModelInfo:
     """Look into a model directory.
 
     Args:
-        name: ``toon`` or a directory.
+        name: ``toon``, a directory (a released one is not converted for this), or a hub id.
 
     Raises:
         ModelError: no such model, or damaged files.
     """
-    from mmi_engine.model.config import ModelConfig
-
-    directory = locate(name)
-    config = ModelConfig.load(directory)
+    directory = locate(name, convert=False)
+    config, headers = _described(directory)
     parts: Counter[str] = Counter()
     stored: Counter[str] = Counter()
     tensors = 0
-    for path in weight_files(directory):
-        for key, entry in _header(path).items():
+    for header in headers:
+        for key, entry in header.items():
             count = math.prod(entry["shape"])
             parts[key.split(".")[0]] += count
             stored[entry["dtype"]] += count
@@ -139,6 +142,24 @@ def describe(name: str) -> ModelInfo:
         stored=tuple(dtype for dtype, _ in stored.most_common()),
         fingerprint=fingerprint(directory),
     )
+
+
+def _described(directory: Path) -> tuple[ModelConfig, list[dict[str, Any]]]:
+    """Configuration and headers of a directory; a released one is described by the built-in configuration."""
+    from mmi_engine.model.config import ModelConfig
+    from mmi_engine.weights.find import describes_ours
+
+    if kind(directory) != "released":
+        return ModelConfig.load(directory), [_header(path) for path in weight_files(directory)]
+    from mmi_engine.model.presets import released_config
+    from mmi_engine.weights.shards import list_shards
+
+    config = ModelConfig.load(directory) if describes_ours(directory) else released_config()
+    headers = []
+    for shard in list_shards(directory):
+        entries = shard.entries().items()
+        headers.append({n: {"shape": e.shape, "dtype": str(e.dtype).removeprefix("torch.")} for n, e in entries})
+    return config, headers
 
 
 def _header(path: Path) -> dict[str, Any]:

@@ -38,12 +38,12 @@ def kind(directory: Path) -> str | None:
     names = _tensor_names(directory)
     if any(_RELEASED_NAMES.match(name) for name in names):
         return "released"
-    if describes_ours(directory):
-        return "ours"
     # Pickles do not tell their names before they are opened; a library's model has a configuration beside them.
     described = _json(directory / "config.json")
     foreign = names or "model_type" in described or "_class_name" in described
-    return "released" if not foreign and any(directory.glob("pytorch_model*.bin")) else None
+    if not foreign and any(directory.glob("pytorch_model*.bin")):
+        return "released"
+    return "ours" if describes_ours(directory) else None
 
 
 def describes_ours(directory: Path) -> bool:
