@@ -36,6 +36,7 @@ class ModelInfo:
         tensors, parameters, bytes: totals; bytes as stored.
         stored: dtype names of the stored tensors, most frequent first.
         fingerprint: see `fingerprint`.
+        config: the whole configuration.
     """
 
     directory: Path
@@ -47,6 +48,7 @@ class ModelInfo:
     bytes: int
     stored: tuple[str, ...]
     fingerprint: str
+    config: ModelConfig
 
     def memory_bytes(self, dtype: str) -> int:
         """Rough need in bytes for inference with small batches in ``fp32``, ``bf16`` or ``fp16``."""
@@ -141,6 +143,7 @@ def describe(name: str) -> ModelInfo:
         bytes=sum(path.stat().st_size for path in weight_files(directory)),
         stored=tuple(dtype for dtype, _ in stored.most_common()),
         fingerprint=fingerprint(directory),
+        config=config,
     )
 
 

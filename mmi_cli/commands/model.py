@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from mmi_cli import console
 from mmi_cli.options import SETTINGS, message_options
+
+if TYPE_CHECKING:
+    from mmi_engine.weights.estimate import Need
 
 
 @click.group("model", context_settings=SETTINGS)
@@ -79,10 +83,13 @@ def import_(
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
 @message_options
 def info(name: str, as_json: bool) -> None:
-    """Parts, size, and memory estimate per dtype of the model M (toon, or a directory)."""
+    """Parts, size and memory of the model M (toon, a directory, or a hub id), and on which devices here it fits."""
     from mmi_engine.model_info import DTYPE_BYTES, describe
+    from mmi_engine.weights.estimate import devices, fits, need
 
     found = describe(name)
+    needs = {dtype: need(found.config, found.parameters, dtype) for dtype in DTYPE_BYTES}
+    here = fits(found.config, found.parameters, devices())
     memory = {dtype: found.memory_bytes(dtype) for dtype in DTYPE_BYTES}
     terminal = console.current()
     if as_json:
@@ -97,6 +104,8 @@ def info(name: str, as_json: bool) -> None:
                 "image_size": found.image_size,
                 "parts": found.parts,
                 "memory_bytes": memory,
+                "needs": {dtype: {**vars(entry), "total": entry.total} for dtype, entry in needs.items()},
+                "devices": dict(here),
             }
         )
         return
@@ -107,6 +116,22 @@ def info(name: str, as_json: bool) -> None:
         ("sha256", found.fingerprint),
         ("parameters", f"{found.parameters:,}"),
         *((f"  {part}", f"{count:,}") for part, count in found.parts.items()),
-        *((f"memory {dtype}", f"about {size / 2**20:,.0f} MiB") for dtype, size in memory.items()),
     ]
     terminal.table(rows)
+    _show_needs(needs)
+    terminal.table(here)
+
+
+def _show_needs(needs: dict[str, Need]) -> None:
+    """Memory per dtype as a table."""
+    terminal = console.current()
+    digits = {"weights": 0, "cache_per_token": 3, "per_image": 1, "per_picture": 1, "working": 0, "total": 0}
+    rows = [
+        (dtype, *(f"{getattr(entry, name) / 2**20:,.{count}f}" for name, count in digits.items()))
+        for dtype, entry in needs.items()
+    ]
+    head = ("MiB in", "weights", "cache per token", "per image read", "per picture drawn", "largest step", "total")
+    terminal.out("")
+    terminal.table(rows, header=head)
+    full = needs["bf16"]
+    terminal.out(f"total: one sequence of {full.tokens} tokens with {full.images} images\n")

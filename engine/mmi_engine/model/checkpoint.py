@@ -13,17 +13,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from mmi_engine.errors import ModelError
+from mmi_engine.errors import BackendError, ModelError
 from mmi_engine.model.config import ModelConfig
 from mmi_engine.model.interleaved import MMInterleaved
 from mmi_engine.model.tokenizer import DirectoryTokenizer
 from mmi_engine.model_info import locate, weight_files
 from mmi_engine.weights import store
+
+if TYPE_CHECKING:
+    from mmi_engine.weights.placement import Placement
 
 WEIGHTS = "model.safetensors"
 RESTORE = "restore the model directory"
@@ -67,7 +71,12 @@ def _stored(tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:
 
 
 def load_model(
-    name: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+    name: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    device_map: Placement | str | None = None,
+    llm_bits: int | None = None,
 ) -> MMInterleaved:
     """Load a model directory for inference (eval mode, no gradients asked for nor dropped).
 
@@ -75,18 +84,56 @@ def load_model(
         name: ``toon``, a directory of ours or a released one, or a hub id of either.
         device: where to put it.
         dtype: compute dtype; ``None`` is float32.
+        device_map: ``auto``, or where the language model's layers go, when ``device`` is too small for all of them.
+        llm_bits: 8 or 4 quantises the layers' linear maps.
 
     Raises:
         ModelError: a file is missing or damaged, tensors are missing, unexpected or of another shape, or the tokenizer
             does not fit the configuration.
+        DeviceError: the device is too small even with the layers elsewhere.
+        BackendError: ``llm_bits`` without the library for it, or together with ``device_map``.
     """
+    from mmi_engine.weights import placement, quantize
+
     directory = locate(str(name))
     config = ModelConfig.load(directory)
     model = skeleton(config)
     files = check_files(directory, {k: v.shape for k, v in model.state_dict().items()})
-    fill(model, files, lambda _: torch.device(device), dtype or torch.float32)
-    model.tokenizer = fitting_tokenizer(directory, config)
-    return model.to(device).channels_last().eval()
+    dtype = dtype or torch.float32
+    tokenizer = fitting_tokenizer(directory, config)
+    spread = placement.auto(model, dtype, str(device)) if device_map == "auto" else device_map
+    if llm_bits is not None:
+        if spread is not None:
+            raise BackendError("a quantised language model stays on one device", remedy="leave out --device-map")
+        quantize.replace_linears(model, llm_bits, dtype)
+    if spread is None:
+        fill(model, files, lambda _: torch.device(device), dtype, llm_bits)
+        model.to(device)
+    else:
+        assert isinstance(spread, placement.Placement)
+        where = {name: torch.device("meta" if name == "disk" else name) for name in {spread.main, *spread.layers}}
+        fill(model, files, lambda name: where[spread.of(name)], dtype)
+        move_buffers(model, torch.device(spread.main))
+        placement.attach(model, spread, placement.DiskWeights(index_of(files), dtype))
+    model.tokenizer = tokenizer
+    return model.channels_last().eval()
+
+
+def move_buffers(model: nn.Module, device: torch.device) -> None:
+    """Put all buffers on ``device``; parameters stay where they are."""
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = buffer.to(device)
+
+
+def index_of(files: list[Path]) -> dict[str, Path]:
+    """Tensor name → file."""
+    index = {}
+    for path in files:
+        with safe_open(path, framework="pt") as file:
+            index.update(dict.fromkeys(file.keys(), path))
+    return index
 
 
 def skeleton(config: ModelConfig) -> MMInterleaved:
@@ -112,7 +159,13 @@ def fitting_tokenizer(directory: Path, config: ModelConfig) -> DirectoryTokenize
     return tokenizer
 
 
-def fill(model: MMInterleaved, files: list[Path], place: Callable[[str], torch.device], dtype: torch.dtype) -> None:
+def fill(
+    model: MMInterleaved,
+    files: list[Path],
+    place: Callable[[str], torch.device],
+    dtype: torch.dtype,
+    llm_bits: int | None = None,
+) -> None:
     """Read weight files into a skeleton, tensor by tensor; what is placed on ``meta`` is left out.
 
     Args:
@@ -120,16 +173,25 @@ def fill(model: MMInterleaved, files: list[Path], place: Callable[[str], torch.d
         files: checked by :func:`check_files`.
         place: tensor name → device.
         dtype: of floating tensors in memory.
+        llm_bits: of the language model's linear maps, which are quantised as they arrive.
 
     Raises:
         ModelError: a file cannot be read.
     """
+    from mmi_engine.weights.quantize import LINEAR, quantised
+
     for path in files:
         try:
             with safe_open(path, framework="pt") as file:
                 for name in sorted(file.keys()):
-                    if (device := place(name)).type != "meta":
-                        tensor = file.get_tensor(name).to(device)
+                    if (device := place(name)).type == "meta":
+                        continue
+                    tensor = file.get_tensor(name)
+                    if llm_bits is not None and name.endswith(".weight") and LINEAR.match(name[: -len(".weight")]):
+                        holder, _, leaf = name.rpartition(".")
+                        model.get_submodule(holder)._parameters[leaf] = quantised(tensor.to(dtype), llm_bits, device)
+                    else:
+                        tensor = tensor.to(device)
                         assign(model, name, tensor.to(dtype) if tensor.is_floating_point() else tensor)
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{path} cannot be read: {error}", remedy=RESTORE) from error
