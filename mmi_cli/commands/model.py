@@ -135,3 +135,20 @@ def _show_needs(needs: dict[str, Need]) -> None:
     terminal.table(rows, header=head)
     full = needs["bf16"]
     terminal.out(f"total: one sequence of {full.tokens} tokens with {full.images} images\n")
+
+
+@model.command("new", context_settings=SETTINGS, epilog="Example:\n\n  mmi model new parts.toml --out my-model")
+@click.argument("spec", metavar="CONFIG")
+@click.option("--out", metavar="DIR", required=True, help="The model directory to make.")
+@message_options
+def new(spec: str, out: str) -> None:
+    """Assemble a trainable model from a vision trunk, a language model, and a U-Net with its VAE.
+
+    CONFIG is a TOML file that names the parts, folders or hub ids; docs/model.md has an example.
+    """
+    from mmi_engine.weights.assemble import assemble_command
+
+    terminal = console.current()
+    made = assemble_command(Path(spec), Path(out), terminal.notice)
+    count = sum(parameter.numel() for parameter in made.parameters())
+    terminal.notice(f"{made.config.name}, {count:,} parameters → {out}")

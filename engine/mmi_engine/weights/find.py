@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -92,19 +93,26 @@ def find(name: str, *, convert: bool = True) -> Path:
     return directory
 
 
-def from_hub(name: str, patterns: list[str] | None = None) -> Path:
+def from_hub(
+    name: str, wanted: list[str] = WANTED, ready: Callable[[Path], bool] | None = None, what: str = "model"
+) -> Path:
     """Local folder of a hub repository: from the cache where it is complete there, else from the network.
+
+    Args:
+        name: hub id.
+        wanted: patterns of the files to fetch.
+        ready: whether a folder holds what is needed; default `complete`.
+        what: for the error.
 
     Raises:
         ModelError: neither gives it.
     """
     import huggingface_hub
 
-    wanted = patterns or WANTED
     try:
         snapshot = huggingface_hub.snapshot_download(name, allow_patterns=wanted, local_files_only=True)
         cached = _weights_folder(Path(snapshot))
-        if patterns is not None or complete(cached):
+        if (ready or complete)(cached):
             return cached
     except Exception as error:  # the library raises its own, httpx's and OS errors
         log.debug("%s is not in the hub's cache: %s", name, error)
@@ -113,8 +121,8 @@ def from_hub(name: str, patterns: list[str] | None = None) -> Path:
     except Exception as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(
-            f'model "{name}" is no directory, and the hub does not give it: {first}',
-            remedy="name a model directory, or toon for the embedded model",
+            f'{what} "{name}" is no directory, and the hub does not give it: {first}',
+            remedy="name a directory" + (", or toon for the embedded model" if what == "model" else ""),
         ) from error
 
 
@@ -158,8 +166,12 @@ def converted(directory: Path, name: str) -> Path:
     return target
 
 
-def tokenizer_file(source: str) -> Path:
-    """The tokenizer file that ``--tokenizer`` names: a file, a folder with one, or a hub id.
+def tokenizer_file(source: str, named_by: str = "--tokenizer") -> Path:
+    """The tokenizer file that ``source`` names: a file, a folder with one, or a hub id.
+
+    Args:
+        source: where to look.
+        named_by: what the user would name another one by.
 
     Raises:
         ModelError: there is none.
@@ -168,13 +180,13 @@ def tokenizer_file(source: str) -> Path:
     if path.is_file():
         return path
     if not path.is_dir() and re.fullmatch(_HUB_ID, source):
-        path = from_hub(source, list(TOKENIZERS))
+        path = from_hub(source, list(TOKENIZERS), lambda p: any((p / f).is_file() for f in TOKENIZERS), "tokenizer")
     for file in TOKENIZERS:
         if (path / file).is_file():
             return path / file
     raise ModelError(
         f"{source} holds no tokenizer.json or tokenizer.model",
-        remedy=f"name the tokenizer by --tokenizer: a file, a folder or a hub id such as {RELEASED_TOKENIZER}",
+        remedy=f"name the tokenizer by {named_by}: a file, a folder or a hub id such as {RELEASED_TOKENIZER}",
     )
 
 
