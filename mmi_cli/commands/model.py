@@ -152,3 +152,28 @@ def new(spec: str, out: str) -> None:
     made = assemble_command(Path(spec), Path(out), terminal.notice)
     count = sum(parameter.numel() for parameter in made.parameters())
     terminal.notice(f"{made.config.name}, {count:,} parameters → {out}")
+
+
+@model.command("card", context_settings=SETTINGS, epilog="Example:\n\n  mmi model card my-model --run runs/pretrain")
+@click.argument("directory", metavar="DIR")
+@click.option("--run", metavar="RUN", help="The training's run directory, for its recipe.")
+@click.option("--metrics", metavar="FILE", multiple=True, help="metrics.json of mmi eval, or its folder; repeatable.")
+@click.option("--license", "license_", metavar="ID", help="Licence, as the hub names it, e.g. apache-2.0.")
+@click.option("--base-model", "bases", metavar="ID", multiple=True, help="Hub id it was made from; repeatable.")
+@click.option("--about", metavar="TEXT", help="A sentence or two in your own words.")
+@message_options
+def card(
+    directory: str, run: str | None, metrics: tuple[str, ...], license_: str | None, bases: tuple[str, ...], about: str
+) -> None:
+    """Write the model card (README.md) of the model directory DIR, before it is uploaded."""
+    from mmi_engine.weights.card import write_card
+
+    path = write_card(
+        Path(directory),
+        run=Path(run) if run else None,
+        metrics=[Path(name) for name in metrics],
+        license_=license_,
+        bases=bases,
+        about=about,
+    )
+    console.current().notice(f"→ {path}")

@@ -55,8 +55,7 @@ def save_model(
     state = model.state_dict()
     planned = [store.Planned(name, tuple(value.shape), _stored(value, dtype)) for name, value in state.items()]
     files = store.split(planned, shard_bytes)
-    for file in files:
-        store.write(file, directory, lambda tensor: state[tensor.name].detach().to("cpu", tensor.dtype))
+    store.write_all(files, directory, lambda tensor: state[tensor.name].detach().to("cpu", tensor.dtype))
     store.write_index(files, directory)
     store.clean(files, directory)
     store.write_text(directory / "config.json", model.config.to_json())

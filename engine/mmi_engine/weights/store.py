@@ -97,7 +97,30 @@ def write(file: File, directory: Path, value: Callable[[Planned], Tensor]) -> Pa
         directory: where.
         value: asked for every tensor in order; shape and dtype must be the planned ones.
     """
-    path = directory / file.name
+    return _appear(_write_partial(file, directory, value))
+
+
+def write_all(files: list[File], directory: Path, value: Callable[[Planned], Tensor]) -> None:
+    """Write files that belong together: all of them are complete before the first appears, see :func:`write`."""
+    partials: list[Path] = []
+    try:
+        for file in files:
+            partials.append(_write_partial(file, directory, value))
+    except BaseException:
+        for path in partials:
+            path.unlink(missing_ok=True)
+        raise
+    for path in partials:
+        _appear(path)
+
+
+def _appear(partial: Path) -> Path:
+    path = partial.with_name(partial.name.removesuffix(".partial"))
+    os.replace(partial, path)
+    return path
+
+
+def _write_partial(file: File, directory: Path, value: Callable[[Planned], Tensor]) -> Path:
     partial = directory / f"{file.name}.partial"
     try:
         with partial.open("wb") as stream:
@@ -111,8 +134,7 @@ def write(file: File, directory: Path, value: Callable[[Planned], Tensor]) -> Pa
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
-    os.replace(partial, path)
-    return path
+    return partial
 
 
 def write_index(files: list[File], directory: Path) -> None:
