@@ -8,6 +8,7 @@ estimate; docs/model.md has it beside measured peaks.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from mmi_engine.model.config import ModelConfig, VAEConfig
@@ -137,12 +138,14 @@ class Device:
 
 def devices() -> list[Device]:
     """The CUDA devices of this machine and, last, main memory."""
-    import torch
-
     from mmi_engine.versions import free_memory_bytes
 
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    found = [Device(f"cuda:{index}", int(torch.cuda.mem_get_info(index)[0])) for index in range(count)]
+    found = []
+    if Path("/dev/dxg").exists() or any(Path("/dev").glob("nvidia[0-9]*")):  # torch is slow to import for nothing
+        import torch
+
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        found = [Device(f"cuda:{index}", int(torch.cuda.mem_get_info(index)[0])) for index in range(count)]
     return [*found, Device("cpu", free_memory_bytes() or 0)]
 
 
