@@ -96,10 +96,10 @@ def test_a_plan_fills_devices_in_order() -> None:
     assert plan(layers, 30, 5, {"cuda:0": 100}).layers == ("cuda:0",) * 6
     assert plan(layers, 30, 5, {"cuda:0": 65, "cuda:1": 40, "cpu": 99}).layers == ("cuda:0",) * 3 + ("cuda:1",) * 3
     # one layer's room is kept free for those that visit
-    assert plan(layers, 30, 5, {"cuda:0": 65, "cpu": 99}).layers == ("cuda:0",) * 2 + ("cpu",) * 4
+    assert plan(layers, 30, 5, {"cuda:0": 65, "cpu": 99}).layers == ("cuda:0",) * 2 + ("memory",) * 4
     spread = plan(layers, 30, 5, {"cuda:0": 65, "cpu": 25})
-    assert spread.layers == ("cuda:0", "cuda:0", "cpu", "cpu", "disk", "disk")
-    assert str(spread) == "2 layers on cuda:0, 2 layers on cpu, 2 layers on disk"
+    assert spread.layers == ("cuda:0", "cuda:0", "memory", "memory", "disk", "disk")
+    assert str(spread) == "2 layers on cuda:0, 2 layers in memory, 2 layers on disk"
     assert plan(layers, 30, 5, {"cpu": 60}).layers == ("cpu", "disk", "disk", "disk", "disk", "disk")
     with pytest.raises(DeviceError, match="all but its language model's layers need"):
         plan(layers, 30, 5, {"cuda:0": 30, "cpu": 1000})
@@ -135,10 +135,25 @@ def test_auto_keeps_what_fits_and_says_what_does_not(directory, monkeypatch) -> 
     assert story(load_model(directory, device_map="auto")) == story(load_model(directory))
 
 
+@pytest.mark.parametrize(
+    "placement",
+    [
+        Placement("cpu", ("memory", "disk", "memory")),  # kept elsewhere, brought to the main device
+        Placement("cpu", ("cpu", "cpu:0", "cpu:0")),  # computed where they are, as on a second GPU
+    ],
+    ids=["offloaded", "elsewhere"],
+)
+def test_layers_on_a_device_of_another_name_compute_the_same(directory, placement) -> None:
+    """The CPU under its second name stands for another device: every hook of accelerate's is at work."""
+    assert story(load_model(directory, device_map=placement)) == story(load_model(directory))
+    hooked = load_model(directory, device_map=placement).language.body.layers[2].layer.mlp
+    assert hasattr(hooked, "_hf_hook") or hasattr(hooked.up_proj, "_hf_hook")
+
+
 @pytest.mark.gpu
 def test_layers_in_main_memory_and_on_another_device_compute_the_same(directory) -> None:
     whole = story(load_model(directory, device="cuda:0"))
-    offloaded = load_model(directory, device="cuda:0", device_map=Placement("cuda:0", ("cuda:0", "cpu", "disk")))
+    offloaded = load_model(directory, device="cuda:0", device_map=Placement("cuda:0", ("cuda:0", "memory", "disk")))
     assert story(offloaded) == whole
 
 
@@ -181,5 +196,6 @@ def test_a_run_records_the_bits_and_spreads_on_request(directory, tmp_path, caps
     fixed = ["--model", str(directory), "--device", "cpu", "--batch-size", "1", "--steps", "1", "--threads", "1"]
     assert main(["t2i", str(tmp_path / "m.jsonl"), "--out", str(tmp_path / "a"), *fixed]) == 0
     assert main(["t2i", str(tmp_path / "m.jsonl"), "--out", str(tmp_path / "b"), *fixed, "--device-map", "auto"]) == 0
+    assert "3 layers on cpu" in capsys.readouterr().err
     assert (tmp_path / "a/x.png").read_bytes() == (tmp_path / "b/x.png").read_bytes()
     assert "llm_bits" not in json.loads((tmp_path / "a/run.json").read_text())["settings"]

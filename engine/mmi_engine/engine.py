@@ -254,6 +254,8 @@ class ModelEngine:
             device_map=self.choices.device_map,
             llm_bits=self.choices.llm_bits,
         )
+        if self._model.placement is not None:
+            self.notice(f"language model: {self._model.placement}")
         self._model.set_backend(resolved["kernel"])
 
     def shape(self, job: Job) -> Hashable:

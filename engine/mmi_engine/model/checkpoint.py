@@ -110,9 +110,9 @@ def load_model(
         model.to(device)
     else:
         assert isinstance(spread, placement.Placement)
-        where = {name: torch.device("meta" if name == "disk" else name) for name in {spread.main, *spread.layers}}
-        fill(model, files, lambda name: where[spread.of(name)], dtype)
+        fill(model, files, spread.device_of, dtype)
         move_buffers(model, torch.device(spread.main))
+        model.placement = spread
         placement.attach(model, spread, placement.DiskWeights(index_of(files), dtype))
     model.tokenizer = tokenizer
     return model.channels_last().eval()

@@ -59,7 +59,8 @@ class Parts:
 
 
 class MMInterleaved(nn.Module):
-    """The assembled model. ``tokenizer`` is set by :func:`mmi_engine.model.checkpoint.load_model`.
+    """The assembled model. :func:`mmi_engine.model.checkpoint.load_model` sets ``tokenizer``, and ``placement`` when its
+    layers are spread over devices.
 
     Args:
         config: all sizes.
@@ -70,6 +71,7 @@ class MMInterleaved(nn.Module):
         super().__init__()
         self.config = config
         self.tokenizer: Any = None
+        self.placement: Any = None
         channels = config.vision.hidden_size
         self.language = LanguageModel(config.language, config.tokens, channels, parts and parts.body)
         d_llm = self.language.d_model

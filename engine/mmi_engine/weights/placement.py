@@ -23,15 +23,12 @@ from mmi_engine.errors import DeviceError
 BLOCKS = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
 LAYER = re.compile(rf"language\.body\.layers\.(\d+)\.(?:layer\.)?(?:{'|'.join(BLOCKS)})\.")
 SHARE = 0.9  # of what a device has free; the rest is for what fragments
-OFFLOAD = ("cpu", "disk")
+OFFLOAD = ("memory", "disk")
 
 
 @dataclass(frozen=True)
 class Placement:
-    """``main``: device of everything else; ``layers``: a device, ``cpu`` or ``disk`` for every decoder layer.
-
-    With a main device that is the CPU itself, ``cpu`` means that the layer simply stays there.
-    """
+    """``main``: device of everything else; ``layers``: a device, ``memory`` or ``disk`` for every decoder layer."""
 
     main: str
     layers: tuple[str, ...]
@@ -41,9 +38,16 @@ class Placement:
         found = LAYER.match(name)
         return self.layers[int(found[1])] if found else self.main
 
+    def device_of(self, name: str) -> torch.device:
+        """Device on which a tensor is kept: the CPU for what is in main memory, ``meta`` for what stays on disk."""
+        place = self.of(name)
+        return torch.device({"memory": "cpu", "disk": "meta"}.get(place, place))
+
     def __str__(self) -> str:
-        names = dict.fromkeys(self.layers)
-        return ", ".join(f"{self.layers.count(name)} layers on {name}" for name in names)
+        counts = {name: self.layers.count(name) for name in self.layers}
+        return ", ".join(
+            f"{count} layers {'in' if name == 'memory' else 'on'} {name}" for name, count in counts.items()
+        )
 
 
 def plan(layers: list[int], core: int, working: int, budgets: Mapping[str, int]) -> Placement:
@@ -68,12 +72,12 @@ def plan(layers: list[int], core: int, working: int, budgets: Mapping[str, int])
             f"{(core + working) / 2**30:.1f} GiB",
             remedy="take a larger device, a smaller --dtype, or --device cpu",
         )
-    computing = [place for place in places if place == main or place not in OFFLOAD]
+    computing = [place for place in places if place == main or place != "cpu"]
     chosen = _deal(layers, computing, room)
     if len(chosen) < len(layers):
         # a layer that visits the main device needs room there while it computes
         room[main] -= max(layers)
-        chosen = _deal(layers, [*computing, *(place for place in places if place not in computing)], room)
+        chosen = _deal(layers, [*computing, "memory"], {**room, "memory": 0 if main == "cpu" else room.get("cpu", 0)})
     return Placement(main, (*chosen, *["disk"] * (len(layers) - len(chosen))))
 
 
@@ -175,7 +179,7 @@ def attach(model: Any, placement: Placement, disk: DiskWeights | None = None) ->
                 hook = AlignDevicesHook(place, io_same_device=True, skip_keys="past_key_values")
                 add_hook_to_module(module, hook)
                 continue
-            source = module.state_dict() if place == "cpu" else PrefixedDataset(disk, f"{prefix}{block}.")
+            source = module.state_dict() if place == "memory" else PrefixedDataset(disk, f"{prefix}{block}.")
             attach_align_device_hook(
                 module,
                 execution_device=torch.device(placement.main),
