@@ -59,8 +59,8 @@ class Parts:
 
 
 class MMInterleaved(nn.Module):
-    """The assembled model. :func:`mmi_engine.model.checkpoint.load_model` sets ``tokenizer``, and ``placement`` when its
-    layers are spread over devices.
+    """The assembled model. :func:`mmi_engine.model.checkpoint.load_model` sets ``tokenizer``, and ``placement``
+    when its layers are spread over devices.
 
     Args:
         config: all sizes.
