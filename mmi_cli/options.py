@@ -132,6 +132,14 @@ model_options = stack(
     click.option("--dtype", type=click.Choice(DTYPES), default="auto", show_default=True, help="Number format."),
     click.option("--kernel", type=click.Choice(KERNELS), default="auto", show_default=True, help="Sampling kernel."),
     click.option(
+        "--llm-bits", type=click.Choice(["8", "4"]), help="Quantise the language model's layers (needs bitsandbytes)."
+    ),
+    click.option(
+        "--device-map",
+        type=click.Choice(["auto"]),
+        help="auto: layers that do not fit go elsewhere.",
+    ),
+    click.option(
         "--threads", metavar="N", type=click.IntRange(1, 1024), help="CPU threads.  [default: the physical cores]"
     ),
 )

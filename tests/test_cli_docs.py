@@ -31,7 +31,9 @@ RUN = (
     "output",
     "pipelines",
     "recipe",
+    "model",
     "model-info",
+    "model-new",
     "eval",
 )
 SCRIPTS = sorted((ROOT / "examples").glob("*.sh"))
@@ -43,8 +45,11 @@ def shell(tmp_path_factory):
     programs = tmp_path_factory.mktemp("bin")
     wrapper = f'#!/bin/sh\nexec "{sys.executable}" "{ROOT / "tests/fake_mmi.py"}" "$@"\n'
     (programs / "mmi").write_text(wrapper)
-    (programs / "mmi").chmod(0o755)
+    (programs / "python").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    for program in programs.iterdir():
+        program.chmod(0o755)
     environment = {**os.environ, "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}", "TERM": "dumb"}
+    environment["PYTHONPATH"] = os.pathsep.join(str(ROOT / name) for name in (".", "engine", "kernels"))
 
     def run(script: str, *arguments: str) -> subprocess.CompletedProcess:
         folder = tmp_path_factory.mktemp("shell")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -221,7 +222,8 @@ def test_fresh_adapter_leaves_the_trunk_alone(family: str) -> None:
             setattr(library, name, nn.Identity())
     mean, std = (0.5, 0.4, 0.3), (0.2, 0.3, 0.25)
     trunk = take_apart(library)
-    model = VisualTokenizer(VISION, QFormer(QUERIES), d_llm=10, trunk=trunk, mean=mean, std=std).eval()
+    config = replace(VISION, mean=mean, std=std)
+    model = VisualTokenizer(config, QFormer(QUERIES), d_llm=10, trunk=trunk).eval()
     images = torch.rand(2, 3, 32, 32)
     with torch.no_grad():
         expected = library((images - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1))

@@ -38,6 +38,7 @@ class Choices:
         dtype: ``auto``, ``fp32``, ``bf16``, ``fp16``.
         kernel: ``auto``, ``cuda``, ``torch``, ``numba``.
         threads, batch_size: numbers or None.
+        llm_bits: 8, 4 or None for the language model as it is; device_map: ``auto`` or None, see `load_model`.
         fast: the model's quick steps and guidance.
         decoding: key of `tasks.prompts.DECODING`: the task's own settings, below `settings`.
         settings: field of `generate.settings.Settings` → value, only those that were named.
@@ -50,6 +51,8 @@ class Choices:
     kernel: str = "auto"
     threads: int | None = None
     batch_size: int | None = None
+    llm_bits: int | None = None
+    device_map: str | None = None
     fast: bool = False
     decoding: str | None = None
     local_rank: int = 0
@@ -111,6 +114,7 @@ class ModelEngine:
             "kernel": self._resolve_kernel(kind, dtype, same.get("kernel")),
             "threads": threads,
             "batch_size": self.batch_size,
+            **({"llm_bits": self.choices.llm_bits} if self.choices.llm_bits else {}),
             **generation,
         }
         if known is None and self.batch_size > 1 and sample is not None:
@@ -265,7 +269,15 @@ class ModelEngine:
             f"{self.choices.model} on {self._device}, {resolved['dtype']}, kernel {resolved['kernel']}{threads}, "
             f"batch size {'to be tried' if self._probing else self._batches()}"
         )
-        self._model = load_model(self._directory, device=self._device, dtype=_torch_dtype(resolved["dtype"]))
+        self._model = load_model(
+            self._directory,
+            device=self._device,
+            dtype=_torch_dtype(resolved["dtype"]),
+            device_map=self.choices.device_map,
+            llm_bits=self.choices.llm_bits,
+        )
+        if self._model.placement is not None:
+            self.notice(f"language model: {self._model.placement}")
         self._model.set_backend(resolved["kernel"])
 
     def _batches(self) -> str:

@@ -9,13 +9,16 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mmi_engine.errors import ModelError
+from mmi_engine.weights.find import find, kind
+
+if TYPE_CHECKING:
+    from mmi_engine.model.config import ModelConfig
 
 DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 WORKING_MEMORY = 1.25  # activations and caches of small batches, as a factor on the weights
@@ -33,6 +36,7 @@ class ModelInfo:
         tensors, parameters, bytes: totals; bytes as stored.
         stored: dtype names of the stored tensors, most frequent first.
         fingerprint: see `fingerprint`.
+        config: the whole configuration.
     """
 
     directory: Path
@@ -44,42 +48,23 @@ class ModelInfo:
     bytes: int
     stored: tuple[str, ...]
     fingerprint: str
+    config: ModelConfig
 
     def memory_bytes(self, dtype: str) -> int:
         """Rough need in bytes for inference with small batches in ``fp32``, ``bf16`` or ``fp16``."""
         return int(self.parameters * DTYPE_BYTES[dtype] * WORKING_MEMORY)
 
 
-def locate(name: str) -> Path:
-    """Directory of a model by embedded name or path, without importing the model code.
+def locate(name: str, *, convert: bool = True) -> Path:
+    """Directory of a model by embedded name, path or hub id, without importing the model code.
+
+    Args:
+        convert: whether a released checkpoint is to be converted on first use; see `weights.find`.
 
     Raises:
-        ModelError: neither, or one that misses a file.
+        ModelError: there is none, or one that misses a file.
     """
-    directory = Path(__file__).parent / "toon" / "weights" if name == "toon" else Path(name)
-    if not directory.is_dir() and re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not directory.parent.is_dir():
-        directory = _from_hub(name)
-    if not directory.is_dir():
-        raise ModelError(f'model "{name}" not found', remedy="name a model directory, or toon for the embedded model")
-    for needed in ("config.json", "*.safetensors"):
-        if not any(directory.glob(needed)):
-            raise ModelError(f'model "{name}" holds no {needed}', remedy="restore the model directory")
-    return directory
-
-
-def _from_hub(name: str) -> Path:
-    """A model directory of the Hugging Face hub, from the local cache where it is there already."""
-    from huggingface_hub import snapshot_download
-
-    wanted = ["config.json", "*.safetensors", "tokenizer.json", "tokenizer.model"]
-    try:
-        return Path(snapshot_download(name, allow_patterns=wanted))
-    except Exception as error:  # the library raises its own, httpx's and OS errors
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ModelError(
-            f'model "{name}" is no directory, and the hub does not give it: {first}',
-            remedy="name a model directory, or toon for the embedded model",
-        ) from error
+    return find(name, convert=convert)
 
 
 def family_of(name: str) -> str:
@@ -93,7 +78,10 @@ def family(name: str) -> str:
     Raises:
         ModelError: it is not there, or has no readable configuration.
     """
-    path = locate(name) / "config.json"
+    directory = locate(name, convert=False)
+    path = directory / "config.json"
+    if kind(directory) == "released":
+        return "released"
     try:
         return family_of(str(json.loads(path.read_text(encoding="utf-8"))["name"]))
     except (OSError, ValueError, KeyError, TypeError):
@@ -101,8 +89,8 @@ def family(name: str) -> str:
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The safetensors files of a model directory, sorted by name."""
-    return sorted(directory.glob("*.safetensors"))
+    """The safetensors files of a model directory, or the pickled shards of a released one, sorted by name."""
+    return sorted(directory.glob("*.safetensors")) or sorted(directory.glob("*.bin"))
 
 
 def fingerprint(directory: Path) -> str:
@@ -129,20 +117,18 @@ def describe(name: str) -> ModelInfo:
     """Look into a model directory.
 
     Args:
-        name: ``toon`` or a directory.
+        name: ``toon``, a directory (a released one is not converted for this), or a hub id.
 
     Raises:
         ModelError: no such model, or damaged files.
     """
-    from mmi_engine.model.config import ModelConfig
-
-    directory = locate(name)
-    config = ModelConfig.load(directory)
+    directory = locate(name, convert=False)
+    config, headers = _described(directory)
     parts: Counter[str] = Counter()
     stored: Counter[str] = Counter()
     tensors = 0
-    for path in weight_files(directory):
-        for key, entry in _header(path).items():
+    for header in headers:
+        for key, entry in header.items():
             count = math.prod(entry["shape"])
             parts[key.split(".")[0]] += count
             stored[entry["dtype"]] += count
@@ -157,7 +143,26 @@ def describe(name: str) -> ModelInfo:
         bytes=sum(path.stat().st_size for path in weight_files(directory)),
         stored=tuple(dtype for dtype, _ in stored.most_common()),
         fingerprint=fingerprint(directory),
+        config=config,
     )
+
+
+def _described(directory: Path) -> tuple[ModelConfig, list[dict[str, Any]]]:
+    """Configuration and headers of a directory; a released one is described by the built-in configuration."""
+    from mmi_engine.model.config import ModelConfig
+    from mmi_engine.weights.find import describes_ours
+
+    if kind(directory) != "released":
+        return ModelConfig.load(directory), [_header(path) for path in weight_files(directory)]
+    from mmi_engine.model.presets import released_config
+    from mmi_engine.weights.shards import list_shards
+
+    config = ModelConfig.load(directory) if describes_ours(directory) else released_config()
+    headers = []
+    for shard in list_shards(directory):
+        entries = shard.entries().items()
+        headers.append({n: {"shape": e.shape, "dtype": str(e.dtype).removeprefix("torch.")} for n, e in entries})
+    return config, headers
 
 
 def _header(path: Path) -> dict[str, Any]:

@@ -1,30 +1,36 @@
-"""Model directories: ``config.json`` + ``model.safetensors`` + tokenizer, written and read with strict reporting.
+"""Model directories, written and read with strict reporting.
 
     DIR/config.json          mmi_engine.model.config.ModelConfig (scheduler and generation defaults included)
-    DIR/model.safetensors    all weights, in one storage dtype
+    DIR/model.safetensors    all weights, in one storage dtype; beyond 5 GB several files and their index
     DIR/tokenizer.json       or tokenizer.model
+    DIR/README.md            model card, where one was written (`mmi_engine.weights.card`)
 
 ``toon`` names the model inside the package. Weights may be stored in fp16 or bf16; they are computed in the dtype that
-is asked for.
+is asked for. A model is built without memory for its weights, and every tensor is read straight to where it stays.
 """
 
 from __future__ import annotations
 
-import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from mmi_engine.errors import ModelError
+from mmi_engine.errors import BackendError, ModelError
 from mmi_engine.model.config import ModelConfig
 from mmi_engine.model.interleaved import MMInterleaved
 from mmi_engine.model.tokenizer import DirectoryTokenizer
-from mmi_engine.model_info import locate
+from mmi_engine.model_info import locate, weight_files
+from mmi_engine.weights import store
+
+if TYPE_CHECKING:
+    from mmi_engine.weights.placement import Placement
 
 WEIGHTS = "model.safetensors"
+RESTORE = "restore the model directory"
 
 
 def save_model(
@@ -33,6 +39,7 @@ def save_model(
     *,
     tokenizer: DirectoryTokenizer | None = None,
     dtype: torch.dtype | None = None,
+    shard_bytes: int = store.SHARD_BYTES,
 ) -> Path:
     """Write ``model`` as a directory; every file appears complete or not at all.
 
@@ -41,69 +48,164 @@ def save_model(
         directory: made if absent.
         tokenizer: see ``model``.
         dtype: storage dtype of floating tensors, ``None`` keeps theirs.
+        shard_bytes: largest weight file.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    tensors = {k: _stored(v, dtype) for k, v in model.state_dict().items()}
-    partial = directory / f"{WEIGHTS}.partial"
-    save_file(tensors, partial, metadata={"format": "pt"})
-    partial.chmod(0o644)  # the library writes files that only their owner may read
-    os.replace(partial, directory / WEIGHTS)
-    text = directory / "config.json.partial"
-    text.write_text(model.config.to_json(), encoding="utf-8")
-    os.replace(text, directory / "config.json")
+    state = model.state_dict()
+    planned = [store.Planned(name, tuple(value.shape), _stored(value, dtype)) for name, value in state.items()]
+    files = store.split(planned, shard_bytes)
+    store.write_all(files, directory, lambda tensor: state[tensor.name].detach().to("cpu", tensor.dtype))
+    store.write_index(files, directory)
+    store.clean(files, directory)
+    store.write_text(directory / "config.json", model.config.to_json())
     source = tokenizer or model.tokenizer
     if source is not None:
         source.copy_to(directory)
     return directory
 
 
-def _stored(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    tensor = tensor.detach().cpu().contiguous()
-    return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+def _stored(tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:
+    return dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
 
 
 def load_model(
-    name: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+    name: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    device_map: Placement | str | None = None,
+    llm_bits: int | None = None,
 ) -> MMInterleaved:
     """Load a model directory for inference (eval mode, no gradients asked for nor dropped).
 
     Args:
-        name: ``toon`` or a directory.
+        name: ``toon``, a directory of ours or a released one, or a hub id of either.
         device: where to put it.
         dtype: compute dtype; ``None`` is float32.
+        device_map: ``auto``, or where the language model's layers go, when ``device`` is too small for all of them.
+        llm_bits: 8 or 4 quantises the layers' linear maps.
 
     Raises:
         ModelError: a file is missing or damaged, tensors are missing, unexpected or of another shape, or the tokenizer
             does not fit the configuration.
+        DeviceError: the device is too small even with the layers elsewhere.
+        BackendError: ``llm_bits`` without the library for it, or together with ``device_map``.
     """
+    from mmi_engine.weights import placement, quantize
+
     directory = locate(str(name))
     config = ModelConfig.load(directory)
-    with torch.device("meta"):
-        skeleton = MMInterleaved(config)
-    expected = {k: v.shape for k, v in skeleton.state_dict().items()}
-    tensors = _read(directory / WEIGHTS, expected, dtype or torch.float32)
-    model = _materialise(config, tensors)
-    model.tokenizer = DirectoryTokenizer(directory)
-    if model.tokenizer.vocabulary > config.tokens.vocab_size:
+    model = skeleton(config)
+    files = check_files(directory, {k: v.shape for k, v in model.state_dict().items()})
+    dtype = dtype or torch.float32
+    tokenizer = fitting_tokenizer(directory, config)
+    spread = placement.auto(model, dtype, str(device)) if device_map == "auto" else device_map
+    if llm_bits is not None:
+        if spread is not None:
+            raise BackendError("a quantised language model stays on one device", remedy="leave out --device-map")
+        quantize.replace_linears(model, llm_bits, dtype)
+    if spread is None:
+        fill(model, files, lambda _: torch.device(device), dtype, llm_bits)
+        model.to(device)
+    else:
+        assert isinstance(spread, placement.Placement)
+        fill(model, files, spread.device_of, dtype)
+        move_buffers(model, torch.device(spread.main))
+        model.placement = spread
+        placement.attach(model, spread, placement.DiskWeights(index_of(files), dtype))
+    model.tokenizer = tokenizer
+    return model.channels_last().eval()
+
+
+def move_buffers(model: nn.Module, device: torch.device) -> None:
+    """Put all buffers on ``device``; parameters stay where they are."""
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = buffer.to(device)
+
+
+def index_of(files: list[Path]) -> dict[str, Path]:
+    """Tensor name → file."""
+    index = {}
+    for path in files:
+        with safe_open(path, framework="pt") as file:
+            index.update(dict.fromkeys(file.keys(), path))
+    return index
+
+
+def skeleton(config: ModelConfig) -> MMInterleaved:
+    """The model with its parameters on the meta device and its buffers (position tables, frequencies) computed."""
+    from accelerate import init_empty_weights
+
+    with init_empty_weights(include_buffers=False), SkipInit():
+        return MMInterleaved(config)
+
+
+def fitting_tokenizer(directory: Path, config: ModelConfig) -> DirectoryTokenizer:
+    """The directory's tokenizer.
+
+    Raises:
+        ModelError: it cannot be read, or has more entries than the model.
+    """
+    tokenizer = DirectoryTokenizer(directory)
+    if tokenizer.vocabulary > config.tokens.vocab_size:
         raise ModelError(
-            f"{directory}: the tokenizer has {model.tokenizer.vocabulary} entries, the model "
-            f"{config.tokens.vocab_size}",
+            f"{directory}: the tokenizer has {tokenizer.vocabulary} entries, the model {config.tokens.vocab_size}",
             remedy="put the model's own tokenizer there",
         )
-    return model.to(device).channels_last().eval()
+    return tokenizer
 
 
-def _materialise(config: ModelConfig, tensors: dict[str, Tensor]) -> MMInterleaved:
-    """The model with ``tensors`` in place.
+def fill(
+    model: MMInterleaved,
+    files: list[Path],
+    place: Callable[[str], torch.device],
+    dtype: torch.dtype,
+    llm_bits: int | None = None,
+) -> None:
+    """Read weight files into a skeleton, tensor by tensor; what is placed on ``meta`` is left out.
 
-    Non-persistent buffers (position tables, rotary frequencies) must be computed, which the meta device cannot do; so
-    the model is constructed for real, with the costly random initialisation of its weights left out.
+    Args:
+        model: of :func:`skeleton`.
+        files: checked by :func:`check_files`.
+        place: tensor name → device.
+        dtype: of floating tensors in memory.
+        llm_bits: of the language model's linear maps, which are quantised as they arrive.
+
+    Raises:
+        ModelError: a file cannot be read.
     """
-    with SkipInit():
-        model = MMInterleaved(config)
-    model.load_state_dict(tensors, strict=True, assign=True)
-    return model
+    from mmi_engine.weights.quantize import LINEAR, quantised
+
+    for path in files:
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in sorted(file.keys()):
+                    if (device := place(name)).type == "meta":
+                        continue
+                    tensor = file.get_tensor(name)
+                    if llm_bits is not None and name.endswith(".weight") and LINEAR.match(name[: -len(".weight")]):
+                        holder, _, leaf = name.rpartition(".")
+                        model.get_submodule(holder)._parameters[leaf] = quantised(tensor.to(dtype), llm_bits, device)
+                    else:
+                        tensor = tensor.to(device)
+                        assign(model, name, tensor.to(dtype) if tensor.is_floating_point() else tensor)
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{path} cannot be read: {error}", remedy=RESTORE) from error
+
+
+def assign(model: nn.Module, name: str, tensor: Tensor) -> None:
+    """Put ``tensor`` itself in the place of a parameter or buffer; a parameter stays trainable or frozen as it was."""
+    holder, _, leaf = name.rpartition(".")
+    module = model.get_submodule(holder)
+    if leaf in module._parameters:
+        old = module._parameters[leaf]
+        assert old is not None
+        module._parameters[leaf] = nn.Parameter(tensor, requires_grad=old.requires_grad)
+    else:
+        module._buffers[leaf] = tensor
 
 
 class SkipInit(torch.overrides.TorchFunctionMode):
@@ -117,24 +219,28 @@ class SkipInit(torch.overrides.TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _read(path: Path, expected: dict[str, torch.Size], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Tensors of a safetensors file, checked against the model before anything is built."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            names = set(file.keys())
-            missing, unexpected = sorted(set(expected) - names), sorted(names - set(expected))
-            shapes = {k: torch.Size(file.get_slice(k).get_shape()) for k in names & set(expected)}
-            wrong = sorted(k for k, shape in shapes.items() if shape != expected[k])
-            for label, found in (("missing", missing), ("unexpected", unexpected), ("of another shape", wrong)):
-                if found:
-                    raise ModelError(
-                        f"{path}: {len(found)} tensors {label}, first {found[0]}",
-                        remedy="config.json and the weights do not belong together; restore the model directory",
-                    )
-            return {k: _computed(file.get_tensor(k), dtype) for k in sorted(names)}
-    except (SafetensorError, OSError) as error:
-        raise ModelError(f"{path} cannot be read: {error}", remedy="restore the model directory") from error
+def check_files(directory: Path, expected: dict[str, torch.Size]) -> list[Path]:
+    """The weight files of a directory, whose headers together hold exactly the expected names and shapes.
 
-
-def _computed(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+    Raises:
+        ModelError: a file is damaged; tensors are missing, unexpected, doubled or of another shape.
+    """
+    files, shapes = weight_files(directory), {}
+    for path in files:
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118
+                    if name in shapes:
+                        raise ModelError(f"{path}: {name} stands in another file too", remedy=RESTORE)
+                    shapes[name] = torch.Size(file.get_slice(name).get_shape())
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{path} cannot be read: {error}", remedy=RESTORE) from error
+    missing, unexpected = sorted(set(expected) - set(shapes)), sorted(set(shapes) - set(expected))
+    wrong = sorted(name for name, shape in shapes.items() if expected.get(name, shape) != shape)
+    for label, found in (("missing", missing), ("unexpected", unexpected), ("of another shape", wrong)):
+        if found:
+            raise ModelError(
+                f"{directory}: {len(found)} tensors {label}, first {found[0]}",
+                remedy="config.json and the weights do not belong together; restore the model directory",
+            )
+    return files

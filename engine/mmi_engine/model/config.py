@@ -57,6 +57,14 @@ class VisionConfig:
     deform_points: int = 4
     value_ratio: float = 0.5
     ffn_ratio: float = 0.25
+    family: str = "clip_vision_model"
+    """The trunk's ``model_type`` in the transformers library: CLIP, SigLIP, ViT or DINOv2 (`trunk.FAMILIES`)."""
+    mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
+    std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+    """Normalisation per colour channel that the trunk was trained with."""
+    table_grid: int | None = None
+    """Grid the fixed sine-cosine table is made for, then resized (bicubic); ``None`` is the patch grid. The released
+    model at 448 px keeps its table of 16 × 16."""
 
     def __post_init__(self) -> None:
         _require(self.image_size % self.patch_size == 0, "vision.image_size must be a multiple of vision.patch_size")
@@ -69,6 +77,11 @@ class VisionConfig:
     def grid(self) -> int:
         """Patches per side."""
         return self.image_size // self.patch_size
+
+    @property
+    def positions_grid(self) -> int:
+        """Side of the fixed position table in cells."""
+        return self.table_grid or self.grid
 
     @property
     def feature_sizes(self) -> tuple[int, int, int, int]:

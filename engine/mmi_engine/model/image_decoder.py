@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from diffusers import DDPMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 
 from mmi_engine.model.config import ImageDecoderConfig
@@ -49,7 +49,14 @@ class DiffusionResult:
 class ImageDecoder(nn.Module):
     """Context resampler, learnt unconditional embedding, U-Net with MMFS, VAE and noise schedule."""
 
-    def __init__(self, config: ImageDecoderConfig, d_llm: int, d_value: int) -> None:
+    def __init__(
+        self,
+        config: ImageDecoderConfig,
+        d_llm: int,
+        d_value: int,
+        unet: UNet2DConditionModel | None = None,
+        vae: AutoencoderKL | None = None,
+    ) -> None:
         super().__init__()
         self.config = config
         self.d_context = config.context_resampler.encoder_hidden_size
@@ -57,8 +64,8 @@ class ImageDecoder(nn.Module):
         self.context_resampler = QFormer(config.context_resampler)
         shape = (1, config.context_resampler.num_queries, config.context_resampler.hidden_size)
         self.unconditional = nn.Parameter(torch.randn(shape) * 0.02)
-        self.unet = MMFSUNet(UNet2DConditionModel(**config.unet), config.mmfs, d_value)
-        self.codec = ImageCodec(config.vae)
+        self.unet = MMFSUNet(unet or UNet2DConditionModel(**config.unet), config.mmfs, d_value)
+        self.codec = ImageCodec(config.vae, vae)
         self.scheduler = DDPMScheduler(**config.scheduler)
 
     def context_tokens(self, hidden: Tensor, mask: Tensor) -> Tensor:

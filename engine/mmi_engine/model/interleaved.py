@@ -16,12 +16,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from mmi_engine.model.config import ModelConfig
 from mmi_engine.model.image_decoder import DiffusionResult, Draws, ImageDecoder
 from mmi_engine.model.language import LanguageModel, TextHead, VisualContext
 from mmi_engine.model.resampler import QFormer
+from mmi_engine.model.trunk import Trunk
 from mmi_engine.model.vae import ImageCodec
 from mmi_engine.model.vision import VisualOutput, VisualTokenizer
 from mmi_engine.sequence import (
@@ -45,19 +48,40 @@ class Output:
     diffusion: DiffusionResult | None = None
 
 
-class MMInterleaved(nn.Module):
-    """The assembled model. ``tokenizer`` is set by :func:`mmi_engine.model.checkpoint.load_model`."""
+@dataclass
+class Parts:
+    """Trained parts of other models to build a model around; their sizes are those of its configuration."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    trunk: Trunk
+    body: PreTrainedModel
+    unet: UNet2DConditionModel
+    vae: AutoencoderKL
+
+
+class MMInterleaved(nn.Module):
+    """The assembled model. :func:`mmi_engine.model.checkpoint.load_model` sets ``tokenizer``, and ``placement``
+    when its layers are spread over devices.
+
+    Args:
+        config: all sizes.
+        parts: modules to be used instead of fresh ones; everything between them is new.
+    """
+
+    def __init__(self, config: ModelConfig, parts: Parts | None = None) -> None:
         super().__init__()
         self.config = config
         self.tokenizer: Any = None
-        self.language = LanguageModel(config.language, config.tokens, config.vision.hidden_size)
+        self.placement: Any = None
+        channels = config.vision.hidden_size
+        self.language = LanguageModel(config.language, config.tokens, channels, parts and parts.body)
         d_llm = self.language.d_model
-        self.visual_tokenizer = VisualTokenizer(config.vision, QFormer(config.visual_resampler), d_llm)
+        former = QFormer(config.visual_resampler)
+        self.visual_tokenizer = VisualTokenizer(config.vision, former, d_llm, trunk=parts and parts.trunk)
         self.boi_embedding = nn.Parameter(torch.zeros(1, d_llm))
         self.text_head = TextHead(d_llm, config.tokens)
-        self.image_decoder = ImageDecoder(config.image_decoder, d_llm, config.vision.hidden_size)
+        self.image_decoder = ImageDecoder(
+            config.image_decoder, d_llm, channels, parts and parts.unet, parts and parts.vae
+        )
         self.channels_last()
 
     def channels_last(self) -> MMInterleaved:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
 from mmi_engine.errors import ModelError
@@ -74,17 +74,22 @@ class MMFSDecoderLayer(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """Body of the language model with MMFS; embeddings are looked up by :meth:`embed`, logits by :class:`TextHead`."""
+    """Body of the language model with MMFS; embeddings are looked up by :meth:`embed`, logits by :class:`TextHead`.
 
-    def __init__(self, config: LanguageConfig, tokens: SpecialTokens, d_value: int) -> None:
+    Args:
+        config: sizes.
+        tokens: special tokens; they fix the vocabulary.
+        d_value: channels of the feature maps.
+        body: the library's model without a head, to be used (and changed) instead of a fresh one.
+    """
+
+    def __init__(
+        self, config: LanguageConfig, tokens: SpecialTokens, d_value: int, body: PreTrainedModel | None = None
+    ) -> None:
         super().__init__()
         self.config = config
-        settings = dict(config.transformers)
-        family = settings.pop("model_type", None)
-        if family is None:
-            raise ModelError("language.transformers lacks model_type", remedy="name one, e.g. 'llama'")
-        library = AutoConfig.for_model(family, **{**settings, "vocab_size": tokens.vocab_size, "pad_token_id": None})
-        self.body = AutoModel.from_config(library, attn_implementation="sdpa")
+        self.body = body or self._fresh_body(config, tokens)
+        library: Any = self.body.config
         self.d_model = int(library.hidden_size)
         order = 0
         for index, layer in enumerate(self.body.layers if config.mmfs is not None else []):
@@ -92,6 +97,15 @@ class LanguageModel(nn.Module):
                 cross = GatedMMFS(config, self.d_model, d_value, eps=float(library.rms_norm_eps))
                 self.body.layers[index] = MMFSDecoderLayer(layer, cross, order)
                 order += 1
+
+    @staticmethod
+    def _fresh_body(config: LanguageConfig, tokens: SpecialTokens) -> PreTrainedModel:
+        settings = dict(config.transformers)
+        family = settings.pop("model_type", None)
+        if family is None:
+            raise ModelError("language.transformers lacks model_type", remedy="name one, e.g. 'llama'")
+        library = AutoConfig.for_model(family, **{**settings, "vocab_size": tokens.vocab_size, "pad_token_id": None})
+        return AutoModel.from_config(library, attn_implementation="sdpa")
 
     @property
     def mmfs_layers(self) -> list[GatedMMFS]:

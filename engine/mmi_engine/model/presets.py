@@ -108,12 +108,17 @@ def toon_config(vae: VAEConfig, vocabulary: int) -> ModelConfig:
     )
 
 
-def released_config(image_size: int = 512) -> ModelConfig:
-    """The released 13B layout (CLIP ViT-L/14, Vicuna-13B, SD 2.1-base); pictures are drawn at ``image_size`` px."""
+def released_config(image_size: int = 512, input_size: int = 224) -> ModelConfig:
+    """The released 13B layout (CLIP ViT-L/14, Vicuna-13B, SD 2.1-base).
+
+    Args:
+        image_size: of the pictures it draws, px.
+        input_size: of the pictures it reads, 224 or 448 px.
+    """
     return ModelConfig(
         name="mm-interleaved-13b",
         tokens=SpecialTokens(),
-        vision=VisionConfig(),
+        vision=VisionConfig(image_size=input_size, table_grid=None if input_size == 224 else 16),
         visual_resampler=QFormerConfig(),
         language=LanguageConfig(
             transformers={
@@ -136,7 +141,7 @@ def released_config(image_size: int = 512) -> ModelConfig:
                 cross_attention_frequency=1,
                 num_layers=1,
                 num_heads=16,
-                intermediate_size=4096,
+                intermediate_size=3072,
                 qk_norm=False,
                 dropout=0.0,
             ),

@@ -8,9 +8,22 @@ with its norm before the first layer); docs/model.md.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
-from transformers import CLIPVisionConfig, CLIPVisionModel, PreTrainedModel
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    Dinov2Config,
+    Dinov2Model,
+    PretrainedConfig,
+    PreTrainedModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+    ViTConfig,
+    ViTModel,
+)
 
 from mmi_engine.errors import ModelError
 from mmi_engine.model.config import VisionConfig
@@ -103,19 +116,37 @@ def take_apart(model: PreTrainedModel) -> Trunk:
     return Trunk(patches, class_token, positions, getattr(model, "pre_layrnorm", nn.Identity()), layers)
 
 
-def clip_trunk(config: VisionConfig) -> Trunk:
-    """A freshly initialised CLIP vision transformer of the sizes in ``config``, in pieces."""
-    return take_apart(
-        CLIPVisionModel(
-            CLIPVisionConfig(
-                hidden_size=config.hidden_size,
-                intermediate_size=config.intermediate_size,
-                num_hidden_layers=config.num_layers,
-                num_attention_heads=config.num_heads,
-                image_size=config.image_size,
-                patch_size=config.patch_size,
-                hidden_act=config.hidden_act,
-                layer_norm_eps=config.layer_norm_eps,
-            )
+def fresh_trunk(config: VisionConfig) -> Trunk:
+    """A freshly initialised vision transformer of the family and sizes in ``config``, in pieces.
+
+    Raises:
+        ModelError: the family is unknown.
+    """
+    if config.family not in FAMILIES:
+        raise ModelError(
+            f"vision.family {config.family!r} is unknown", remedy=f"known families: {', '.join(sorted(FAMILIES))}"
         )
-    )
+    make, settings, options = FAMILIES[config.family]
+    sizes = {
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "image_size": config.image_size,
+        "patch_size": config.patch_size,
+        "hidden_act": config.hidden_act,
+        "layer_norm_eps": config.layer_norm_eps,
+    }
+    if config.family == "dinov2":
+        sizes["mlp_ratio"] = config.intermediate_size // config.hidden_size
+    else:
+        sizes["intermediate_size"] = config.intermediate_size
+    return take_apart(make(settings(**sizes, **options)))
+
+
+FAMILIES: dict[str, tuple[Callable[..., PreTrainedModel], Callable[..., PretrainedConfig], dict[str, bool]]] = {
+    "clip_vision_model": (CLIPVisionModel, CLIPVisionConfig, {}),
+    "siglip_vision_model": (SiglipVisionModel, SiglipVisionConfig, {"vision_use_head": False}),
+    "vit": (ViTModel, ViTConfig, {}),
+    "dinov2": (Dinov2Model, Dinov2Config, {}),
+}
+"""``model_type`` → model, configuration, further settings."""

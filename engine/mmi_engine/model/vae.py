@@ -23,10 +23,10 @@ class ImageCodec(nn.Module):
     ``[N, latent_channels, H / downsampling, W / downsampling]``, multiplied by the VAE's scaling factor.
     """
 
-    def __init__(self, config: VAEConfig) -> None:
+    def __init__(self, config: VAEConfig, vae: AutoencoderKL | None = None) -> None:
         super().__init__()
         self.config = config
-        self.vae = AutoencoderKL(**config.diffusers)
+        self.vae = vae or AutoencoderKL(**config.diffusers)
 
     @property
     def scaling_factor(self) -> float:

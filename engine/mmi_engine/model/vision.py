@@ -19,10 +19,8 @@ from mmi_engine.model.adapter import ViTAdapter, to_map
 from mmi_engine.model.config import VisionConfig
 from mmi_engine.model.positions import interpolate_position_embedding, resize_grid, sincos_2d
 from mmi_engine.model.resampler import QFormer
-from mmi_engine.model.trunk import Trunk, clip_trunk
+from mmi_engine.model.trunk import Trunk, fresh_trunk
 
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 TOKEN_NORM_EPS = 1e-6
 
 
@@ -51,8 +49,7 @@ class VisualTokenizer(nn.Module):
         config: sizes of trunk and adapter.
         resampler: Q-Former that reads ``config.hidden_size`` channels.
         d_llm: width of the language model.
-        trunk: a trunk of the sizes in ``config``; ``None`` makes a fresh CLIP vision transformer.
-        mean, std: normalisation per colour channel that the trunk was trained with.
+        trunk: a trunk of the sizes in ``config``; ``None`` makes a fresh one.
 
     Raises:
         ValueError: resampler or trunk have another width.
@@ -69,8 +66,6 @@ class VisualTokenizer(nn.Module):
         d_llm: int,
         *,
         trunk: Trunk | None = None,
-        mean: tuple[float, float, float] = CLIP_MEAN,
-        std: tuple[float, float, float] = CLIP_STD,
     ) -> None:
         super().__init__()
         channels = config.hidden_size
@@ -79,11 +74,11 @@ class VisualTokenizer(nn.Module):
                 f"the visual resampler reads {resampler.config.encoder_hidden_size} channels, the trunk has {channels}"
             )
         self.config = config
-        self.trunk = clip_trunk(config) if trunk is None else trunk
+        self.trunk = fresh_trunk(config) if trunk is None else trunk
         if self.trunk.channels != channels:
             raise ValueError(f"the trunk has {self.trunk.channels} channels, its configuration says {channels}")
-        self.register_buffer("clip_mean", torch.tensor(mean).view(1, 3, 1, 1))
-        self.register_buffer("clip_std", torch.tensor(std).view(1, 3, 1, 1))
+        self.register_buffer("clip_mean", torch.tensor(config.mean).view(1, 3, 1, 1))
+        self.register_buffer("clip_std", torch.tensor(config.std).view(1, 3, 1, 1))
         self.adapter = ViTAdapter(
             channels,
             config.num_heads,
@@ -94,7 +89,7 @@ class VisualTokenizer(nn.Module):
             ffn_ratio=config.ffn_ratio,
             extra_extractors=config.extra_extractors,
         )
-        table = sincos_2d(config.grid, config.grid, channels)
+        table = sincos_2d(config.positions_grid, config.positions_grid, channels)
         self.register_buffer("positions", torch.cat([table.new_zeros(self.trunk.prefix, channels), table]))
         self.project_in = nn.Linear(channels, channels)
         self.norm_in = nn.LayerNorm(channels, eps=TOKEN_NORM_EPS)

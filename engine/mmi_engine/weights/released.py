@@ -1,0 +1,196 @@
+"""A released checkpoint against the model that it is for: every name, shape and dtype, before a value is read.
+
+Place in the flow: between `shards.py` and `importing.py`. Names are translated by `model/names.py`; what a checkpoint
+lacks can come from the base models it was trained from (``bases``), under the names the libraries give them.
+Released layout: docs/model.md.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmi_engine.errors import ModelError
+from mmi_engine.model.checkpoint import skeleton
+from mmi_engine.model.config import ModelConfig
+from mmi_engine.model.names import NameReport, NameTable
+from mmi_engine.model.names_vision import is_dropped
+from mmi_engine.model.positions import interpolate_position_embedding
+from mmi_engine.weights.shards import Entry, Shard, list_shards
+
+TRUNK_POSITIONS = "visual_tokenizer.trunk.position_embedding"
+TABLE_ERROR = {torch.float16: 1e-3, torch.bfloat16: 8e-3}
+"""How far a stored fixed table may be from ours: rounding of values up to 1; float32 has 1e-5."""
+
+SUBMODELS = {
+    "the visual encoder (CLIP ViT)": "visual_tokenizer.encoder.",
+    "the language model": "mm_decoder.",
+    "the U-Net": "image_decoder.decoder.unet.",
+    "the VAE": "image_decoder.decoder.vae.",
+}
+_BASE_RULES = (
+    (r"(?:model\.)?((?:embed_tokens|layers|norm)\..+)", "mm_decoder.{}"),
+    (r"lm_head\.(weight)", "text_decoder.head.{}"),
+    (r"((?:vision_model)\..+)", "visual_tokenizer.encoder.{}"),
+)
+_OLD_VAE = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A tensor of a shard and where it goes: ``name`` in the shard, ``ours``, the shape it has to get."""
+
+    shard: Shard
+    name: str
+    ours: str
+    entry: Entry
+    shape: tuple[int, ...]
+    buffer: bool
+
+
+@dataclass
+class Match:
+    """What `match` found: tensors in the order of the shards, fixed tables to compare, and everything that is wrong."""
+
+    placed: list[Placed] = field(default_factory=list)
+    fixed: list[tuple[Placed, Tensor]] = field(default_factory=list)
+    dropped: list[str] = field(default_factory=list)
+    report: NameReport = field(default_factory=NameReport)
+
+
+def bare_name(name: str) -> str:
+    """A released name without the ``module.`` that training programs put in front, once or more often."""
+    return re.sub(r"^(module\.)+", "", name)
+
+
+def base_name(name: str, folder: str) -> str | None:
+    """Released name of a tensor of a base model; ``folder`` is ``unet`` or ``vae`` for a diffusion model's parts."""
+    if folder == "unet":
+        return f"image_decoder.decoder.unet.{name}"
+    if folder == "vae":
+        last = re.sub(r"(attentions\.\d+\.)(query|key|value|proj_attn)\.", lambda m: f"{m[1]}{_OLD_VAE[m[2]]}.", name)
+        return f"image_decoder.decoder.vae.{last}"
+    for pattern, template in _BASE_RULES:
+        if found := re.fullmatch(pattern, name):
+            return template.format(found[1])
+    return None
+
+
+def base_tensors(directory: Path) -> dict[str, tuple[Shard, str, Entry]]:
+    """Released name → (shard, name there, entry) of a base model: LLaMA, CLIP, or a diffusion folder's U-Net and VAE.
+
+    Raises:
+        ModelError: the directory holds no weights.
+    """
+    folders = {name: directory / name for name in ("unet", "vae") if (directory / name).is_dir()} or {"": directory}
+    found = {}
+    for folder, path in folders.items():
+        for shard in list_shards(path):
+            for name, entry in shard.entries().items():
+                if (released := base_name(name, folder)) is not None:
+                    found[released] = (shard, name, entry)
+    return found
+
+
+def match(config: ModelConfig, shards: list[Shard], bases: Iterable[Path] = ()) -> Match:
+    """Find the place of every tensor.
+
+    Args:
+        config: of the model to fill.
+        shards: of the checkpoint.
+        bases: directories of the models that it was trained from, for what it does not hold itself.
+
+    Raises:
+        ModelError: a shard cannot be read.
+    """
+    model, table, result = skeleton(config), NameTable(config), Match()
+    own: dict[str, Any] = model.state_dict()
+    buffers = dict(model.named_buffers())
+    fixed = {name: value for name, value in buffers.items() if name not in own}
+    places: dict[str, Placed] = {}
+    for shard in shards:
+        for name, entry in shard.entries().items():
+            released = bare_name(name)
+            ours = table.to_ours(released)
+            if ours is None or (ours not in own and ours not in fixed):
+                (result.dropped if is_dropped(released) else result.report.unexpected).append(name)
+                continue
+            target = own.get(ours, fixed.get(ours))
+            place = Placed(shard, name, ours, entry, tuple(target.shape), ours in buffers)
+            if ours in places:
+                result.report.mismatched.append(f"{name}: in {places[ours].shard.path.name} and {shard.path.name}")
+            elif reason := _objection(place, target):
+                result.report.mismatched.append(f"{name}: {reason}")
+            places[ours] = place
+    for base in bases:
+        for released, (shard, name, entry) in base_tensors(base).items():
+            ours = table.to_ours(released)
+            if ours in own and ours not in places:
+                place = Placed(shard, name, ours, entry, tuple(own[ours].shape), ours in buffers)
+                if _objection(place, own[ours]) is None:
+                    places[ours] = place
+    result.report.missing = [table.to_released(name) or name for name in own if name not in places]
+    result.placed = [place for place in places.values() if place.ours in own]
+    result.fixed = [(place, fixed[place.ours]) for place in places.values() if place.ours in fixed]
+    return result
+
+
+def _objection(place: Placed, target: Tensor) -> str | None:
+    """Why a tensor cannot go where its name says, ``None`` when it can."""
+    entry = place.entry
+    if target.is_floating_point() != entry.dtype.is_floating_point:
+        return f"{entry.dtype} instead of {target.dtype}"
+    if entry.shape == place.shape:
+        return None
+    if place.ours == TRUNK_POSITIONS and len(entry.shape) == 2 and entry.shape[1] == place.shape[1]:
+        side = round((entry.shape[0] - 1) ** 0.5)
+        if side * side == entry.shape[0] - 1 and side >= 1:
+            return None  # another grid: resized on the way
+    return f"{list(entry.shape)} instead of {list(place.shape)}"
+
+
+def fitted(place: Placed, tensor: Tensor) -> Tensor:
+    """The tensor in the shape of its place: a trunk's position table of another grid is resized.
+
+    In float32, bicubic, corners not aligned, as the released code does when it loads weights for 448 px.
+    """
+    if tuple(tensor.shape) == place.shape:
+        return tensor
+    side = round((place.shape[0] - 1) ** 0.5)
+    return interpolate_position_embedding(tensor.float(), (side, side))
+
+
+def compare_fixed(result: Match) -> None:
+    """Compare the fixed tables that a checkpoint carries with ours; differences join the report."""
+    for place, ours in result.fixed:
+        with place.shard.opened() as read:
+            theirs = read(place.name).float()
+        if not torch.allclose(theirs, ours.float(), atol=TABLE_ERROR.get(place.entry.dtype, 1e-5), rtol=0):
+            result.report.mismatched.append(f"{place.name}: another fixed table than this layout's")
+
+
+def require_complete(result: Match, source: Path) -> None:
+    """Refuse what cannot become a working model.
+
+    Raises:
+        ModelError: with counts, the first names, and what would help.
+    """
+    report = result.report
+    if report.clean:
+        return
+    absent = [what for what, prefix in SUBMODELS.items() if any(n.startswith(prefix) for n in report.missing)]
+    if not result.placed:
+        remedy = "give the folder of a released MM-Interleaved checkpoint; mmi model new assembles models from parts"
+    elif report.unexpected or report.mismatched:
+        remedy = "it is a checkpoint of another layout: describe it by --config, or --image-size for its input"
+    elif absent:
+        remedy = f"fetch the missing shards, or name the model it was trained from by --base ({', '.join(absent)})"
+    else:
+        remedy = "fetch the missing shards"
+    raise ModelError(f"{source} is no complete checkpoint: {report}", remedy=remedy)

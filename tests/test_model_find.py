@@ -1,0 +1,193 @@
+"""What `--model` names: paths before the hub's cache before the network; released checkpoints converted once."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+from released_layout import released_state, small_model, write_shards
+from tiny import tiny_model
+
+from mmi_cli.main import main
+from mmi_engine.engine import Choices, ModelEngine
+from mmi_engine.errors import ModelError
+from mmi_engine.model.checkpoint import load_model, save_model
+from mmi_engine.model_info import describe, family, fingerprint, locate
+from mmi_engine.toon.tokenizer import PATH as TOKENIZER
+from mmi_engine.weights import find, store
+from mmi_engine.weights.importing import import_released
+
+COMMIT = "0" * 39 + "1"
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("MMI_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def ours(tmp_path_factory) -> Path:
+    return save_model(tiny_model(), tmp_path_factory.mktemp("ours") / "m")
+
+
+@pytest.fixture(scope="module")
+def released(tmp_path_factory) -> Path:
+    model = small_model()
+    folder = write_shards(released_state(model), tmp_path_factory.mktemp("released") / "src")
+    (folder / "config.json").write_text(model.config.to_json())
+    shutil.copyfile(TOKENIZER, folder / "tokenizer.json")
+    return folder
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """Puts a folder into the hub's cache as the library lays it out; returns a function."""
+    root = tmp_path / "hub"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(root))
+    plain = huggingface_hub.snapshot_download
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download", lambda name, **options: plain(name, cache_dir=root, **options)
+    )
+
+    def put(name: str, source: Path, folder: str = "") -> Path:
+        repository = root / f"models--{name.replace('/', '--')}"
+        snapshot = repository / "snapshots" / COMMIT
+        shutil.copytree(source, snapshot / folder, dirs_exist_ok=True)
+        (repository / "refs").mkdir(exist_ok=True)
+        (repository / "refs/main").write_text(COMMIT)
+        return snapshot
+
+    return put
+
+
+def test_a_hub_id_of_ours_comes_from_the_cache_without_a_network(hub, ours) -> None:
+    snapshot = hub("someone/story", ours)
+    assert locate("someone/story").samefile(snapshot)
+    assert main(["model", "info", "someone/story"]) == 0
+    assert load_model("someone/story").config.name == "tiny"
+    engine = ModelEngine(Choices(model="someone/story", device="cpu", kernel="torch"))
+    assert engine.identity(1, {})["model"] == fingerprint(ours)
+    engine.load()
+
+
+def test_a_folder_of_that_name_comes_before_the_hub(hub, ours, tmp_path) -> None:
+    hub("someone/story", ours)
+    other = save_model(tiny_model(seed=1), tmp_path / "someone/story")
+    assert locate("someone/story").samefile(other)
+    (tmp_path / "elsewhere").mkdir()
+    with pytest.raises(ModelError, match="not found"):  # the folder is there, the model in it is not: a typing error
+        locate("someone/other")
+
+
+def test_a_cached_repository_that_lacks_files_is_completed_from_the_network(hub, ours, monkeypatch, tmp_path) -> None:
+    whole = save_model(tiny_model(), tmp_path / "whole", shard_bytes=40_000)
+    snapshot = hub("someone/big", whole)
+    lost = sorted(snapshot.glob("model-*.safetensors"))[-1]
+    lost.unlink()
+    with pytest.raises(ModelError, match="lacks|hub does not give it|missing"):  # offline
+        load_model("someone/big")
+    cached, calls = huggingface_hub.snapshot_download, []
+
+    def network(name: str, **options):
+        if options.get("local_files_only"):
+            return cached(name, **options)
+        calls.append(name)
+        shutil.copyfile(whole / lost.name, lost)
+        return str(snapshot)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", network)
+    assert load_model("someone/big").config.name == "tiny"
+    assert calls == ["someone/big"]
+    load_model("someone/big")
+    assert calls == ["someone/big"]  # complete now: no second look at the network
+
+
+def test_a_repository_that_nobody_has_is_refused_with_the_reason(hub) -> None:
+    with pytest.raises(ModelError, match="the hub does not give it: .*"):
+        locate("nobody/nothing")
+
+
+def test_a_released_directory_is_converted_once_into_the_cache(released, tmp_path, monkeypatch, caplog) -> None:
+    before = describe(str(released))
+    assert before.tensors == 815 and not (tmp_path / "cache").exists()
+    assert family(str(released)) == "released" and not (tmp_path / "cache").exists()
+    first = locate(str(released))
+    assert first.parent == tmp_path / "cache/models" and "converting it once" in caplog.text
+    caplog.clear()
+    monkeypatch.setattr("mmi_engine.weights.importing.import_released", None)
+    assert locate(str(released)) == first and not caplog.text
+    state = load_model(str(released)).state_dict()
+    assert all((state[name] == value).all() for name, value in small_model().state_dict().items())
+
+
+def test_a_released_repository_keeps_its_shards_in_a_subfolder_and_its_tokenizer_elsewhere(
+    hub, released, tmp_path
+) -> None:
+    bare = tmp_path / "bare"
+    shutil.copytree(released, bare)
+    (bare / "tokenizer.json").unlink()
+    hub("lab/released", bare, "mm_interleaved_pretrain")
+    with pytest.raises(ModelError, match=find.RELEASED_TOKENIZER):
+        locate("lab/released")
+    assert not any((tmp_path / "cache/models").glob("*"))
+    tokens = tmp_path / "tokens"
+    tokens.mkdir()
+    shutil.copyfile(TOKENIZER, tokens / "tokenizer.json")
+    hub(find.RELEASED_TOKENIZER, tokens)
+    assert locate("lab/released").name.startswith("lab-released-")
+
+
+def test_a_damaged_released_directory_is_refused_and_leaves_nothing(released, tmp_path) -> None:
+    damaged = tmp_path / "damaged"
+    shutil.copytree(released, damaged)
+    path = sorted(damaged.glob("*.bin"))[0]
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ModelError, match="truncated"):
+        load_model(damaged)
+    assert not any((tmp_path / "cache/models").iterdir())
+
+
+def test_a_language_model_alone_is_no_model_of_ours(tmp_path) -> None:
+    llama = tmp_path / "llama"
+    llama.mkdir()
+    (llama / "config.json").write_text('{"model_type": "llama"}')
+    (llama / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
+    with pytest.raises(ModelError, match="mmi model new"):
+        locate(str(llama))
+    (llama / "model.safetensors").rename(llama / "pytorch_model.bin")
+    with pytest.raises(ModelError, match="holds no"):
+        locate(str(llama))
+
+
+def test_missing_weights_are_never_replaced(ours, tmp_path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(ours, broken)
+    (broken / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match="holds no"):
+        load_model(broken)
+    sharded = save_model(tiny_model(), tmp_path / "sharded", shard_bytes=40_000)
+    sorted(sharded.glob("model-*.safetensors"))[0].unlink()
+    with pytest.raises(ModelError, match="tensors missing"):
+        load_model(sharded)
+
+
+def test_the_command_imports_a_hub_id(hub, released, tmp_path, capsys) -> None:
+    hub("lab/released", released)
+    assert main(["model", "import", "lab/released", "--out", str(tmp_path / "out")]) == 0
+    assert "810 tensors" in capsys.readouterr().err
+    assert (tmp_path / "out/model.safetensors").is_file() and not (tmp_path / "out" / store.INDEX).exists()
+    assert main(["model", "import", "lab/absent", "--out", str(tmp_path / "out2")]) == 1
+    assert main(["model", "import", str(tmp_path / "absent"), "--out", str(tmp_path / "out2")]) == 1
+    assert "not found" in capsys.readouterr().err
+
+
+def test_two_processes_convert_once(released, tmp_path) -> None:
+    """The second waits for the first and takes what it made."""
+    target = tmp_path / "t"
+    import_released(released, target)
+    time = (target / "model.safetensors").stat().st_mtime_ns
+    assert import_released(released, target, wait=True).tensors == 0
+    assert (target / "model.safetensors").stat().st_mtime_ns == time

@@ -1,0 +1,19 @@
+"""The memory that `mmi model info` foretells beside the peak that a process reaches."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_the_estimate_is_near_the_peak_and_not_below_it() -> None:
+    command = [sys.executable, str(ROOT / "benchmarks/model_memory.py"), "--sizes", "tiny"]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert run.returncode == 0, run.stderr
+    found = json.loads(run.stdout)
+    assert found["weights_estimate"] == 4 * found["parameters"]
+    assert 0.75 < found["peak"] / found["peak_estimate"] < 1.1, found
