@@ -12,7 +12,7 @@ import torch
 from tiny import tiny_model
 from train_cache import small_cache
 
-from mmi_engine.errors import Interrupted
+from mmi_engine.errors import ConfigError, Interrupted
 from mmi_engine.model.checkpoint import save_model
 from mmi_engine.model.image_decoder import Draws
 from mmi_engine.train.cache import Cache
@@ -125,6 +125,14 @@ def test_a_run_resumed_between_turns_repeats_an_undisturbed_one(made: tuple[Path
     resumed = run("parts", resume=True)
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     assert any(not torch.equal(whole[n], p) for n, p in make_task(made).model.named_parameters())
+
+
+def test_a_graph_asked_for_where_none_can_be_recorded_is_refused(made: tuple[Path, Cache]) -> None:
+    if not torch.cuda.is_available():
+        with pytest.raises(ConfigError, match="needs a CUDA device"):
+            make_task(made, cuda_graph=True)
+    with pytest.raises(ConfigError, match="is for the task image_decoder"):
+        Recipe(task="interleaved", loop=LoopConfig(cuda_graph=True))
 
 
 @pytest.mark.gpu

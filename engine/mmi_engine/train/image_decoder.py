@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from mmi_engine.errors import ConfigError
 from mmi_engine.model.image_decoder import ImageDecoder
 from mmi_engine.model.interleaved import MMInterleaved, previous_images
 from mmi_engine.sequence import decoder_visibility, image_contexts
@@ -186,10 +187,16 @@ class ImageDecoderObjective(nn.Module):
 
 
 class ImageDecoderTask(InterleavedTask):
-    """The task the loop runs; held-out losses, preview and export are those of joint training."""
+    """The task the loop runs; held-out losses, preview and export are those of joint training.
+
+    Raises:
+        ConfigError: ``loop.cuda_graph`` without a CUDA device.
+    """
 
     def __init__(self, recipe: Recipe, train: Cache, val: Cache, progress: Callable[[int, int], None]) -> None:
         super().__init__(recipe, train, val, progress)
+        if recipe.loop.cuda_graph and self.model.device.type != "cuda":
+            raise ConfigError("loop.cuda_graph needs a CUDA device", remedy="set loop.cuda_graph=false")
         self.joint = self.module
         for parameter in self.model.parameters():
             parameter.requires_grad_(False)

@@ -181,6 +181,9 @@ class Recipe:
     def __post_init__(self) -> None:
         known = ("vae", "interleaved", "image_decoder")
         _require(self.task in known, f"task must be one of {', '.join(known)}")
+        _require(
+            not self.loop.cuda_graph or self.task == "image_decoder", "loop.cuda_graph is for the task image_decoder"
+        )
 
 
 @dataclass(frozen=True)
