@@ -67,10 +67,13 @@ class DataConfig:
     with boxes, maps and the words left and right."""
     palette: str = "voc"
     """Colours of semantic maps."""
+    held_out: float = 0.01
+    """Share of the rows of every set that is not trained on but measured (drawn data has a split of its own)."""
 
     def __post_init__(self) -> None:
         _require(0 <= self.redrawn <= 1, "data.redrawn must be in [0, 1]")
         _require(self.source in ("toon", "manifests"), "data.source must be 'toon' or 'manifests'")
+        _require(0 <= self.held_out < 1, "data.held_out must be in [0, 1)")
         _require(0 <= self.image_first <= 1, "data.image_first must be in [0, 1]")
         _require(self.augment in AUGMENTS, f"data.augment must be one of {', '.join(AUGMENTS)}")
         names = [entry.name for entry in self.sets]
