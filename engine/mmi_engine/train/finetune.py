@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from torch import nn
 
 from mmi_engine.data.maps import Palette
@@ -29,6 +28,7 @@ from mmi_engine.train.documents import Choices
 from mmi_engine.train.interleaved import InterleavedObjective
 from mmi_engine.train.optim import freeze
 from mmi_engine.train.packing import Blend, Layout, Stream
+from mmi_engine.train.processes import process_state
 from mmi_engine.train.recipe import DataConfig, Recipe
 from mmi_engine.train.rows import RowIndex
 
@@ -89,7 +89,7 @@ class ManifestTask:
         """The batch on ``device``; what was dropped for it is counted and kept in ``dropped.json``."""
         if batch.dropped:
             self.dropped += batch.dropped
-            rank = PartialState().process_index
+            rank = process_state().process_index
             path = self.directory / ("dropped.json" if rank == 0 else f"dropped-{rank}.json")
             path.write_text(json.dumps(dict(sorted(self.dropped.items())), indent=2) + "\n", encoding="utf-8")
         return batch.to(device)
@@ -136,8 +136,16 @@ class ManifestTask:
         (directory / "data.json").write_text(text, encoding="utf-8")
 
 
+def check(recipe: Recipe) -> None:
+    """Refuse what cannot work before anything is loaded or written; raises ConfigError, UsageError, ModelError."""
+    sources.locate(recipe.data)
+    check_numbers(recipe)
+    foundation.configuration(recipe)
+    Palette.find(recipe.data.palette)
+
+
 def check_numbers(recipe: Recipe) -> None:
-    """Refuse what cannot work before anything is loaded; raises ConfigError."""
+    """Numbers that contradict each other; raises ConfigError."""
     halves = recipe.optim.frozen_dtype == "bf16"
     if halves and recipe.loop.precision != "bf16":
         raise ConfigError("optim.frozen_dtype bf16 needs loop.precision bf16", remedy="set both, or neither")
@@ -162,9 +170,7 @@ def run(resolved: Any, directory: Path, *, resume: bool, report: Report | None) 
     report = report or (lambda _: None)
     recipe: Recipe = resolved.recipe
     found = sources.locate(recipe.data)
-    check_numbers(recipe)
-    foundation.configuration(recipe)
-    state = PartialState()
+    state = process_state()
     tune_cpu(recipe.loop.threads)
     with state.main_process_first():
         train, val = sets_of(recipe.data, found, report)

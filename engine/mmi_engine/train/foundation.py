@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,8 @@ from mmi_engine.train.recipe import Recipe
 logger = logging.getLogger(__name__)
 DECODER = "image_decoder."
 KEYS = ("base", "partial", "without")
+_WRAPPED = re.compile(r"^(language\.body\.layers\.\d+)\.layer\.")
+_PLAIN = re.compile(r"^(language\.body\.layers\.\d+)\.(?!layer\.|cross\.)")
 
 
 @dataclass
@@ -124,7 +127,8 @@ def _fitting(path: Path, shapes: dict[str, torch.Size], partial: bool) -> tuple[
     """Tensors of the file that the model has room for, and the names of the model's others."""
     with safe_open(path, framework="pt") as file:
         names = set(file.keys())
-        fits = [k for k in shapes if k in names and torch.Size(file.get_slice(k).get_shape()) == shapes[k]]
+        there = {k: next((n for n in _called(k) if n in names), "") for k in shapes}
+        fits = {k: n for k, n in there.items() if n and torch.Size(file.get_slice(n).get_shape()) == shapes[k]}
         fresh = sorted(set(shapes) - set(fits))
         if fresh and not partial:
             raise ModelError(
@@ -132,10 +136,15 @@ def _fitting(path: Path, shapes: dict[str, torch.Size], partial: bool) -> tuple[
                 remedy="remove the changes of [model], or set model.partial=true to begin them fresh",
             )
         tensors = {}
-        for name in fits:
-            tensor = file.get_tensor(name)
+        for name, stored in fits.items():
+            tensor = file.get_tensor(stored)
             tensors[name] = tensor.float() if tensor.is_floating_point() else tensor
     return tensors, fresh
+
+
+def _called(name: str) -> list[str]:
+    """What a tensor may be called in the base: a decoder layer with MMFS holds the library's layer under ``layer``."""
+    return [name, _WRAPPED.sub(r"\1.", name), _PLAIN.sub(r"\1.layer.", name)]
 
 
 def export(foundation: Foundation, state: dict[str, Tensor], directory: Path, dtype: torch.dtype) -> None:

@@ -36,15 +36,14 @@ def train(
     Raises:
         ConfigError, OutputError, Interrupted, NotFiniteError: see :class:`mmi_engine.train.loop.Loop`.
     """
-    from accelerate import PartialState
-
     from mmi_engine.train import cache
     from mmi_engine.train.loop import Loop
+    from mmi_engine.train.processes import process_state
 
     if resolved.recipe.data.source == "manifests":
         return _finetune(resolved, directory, resume=resume, report=report)
     report = report or (lambda _: None)
-    state = PartialState()
+    state = process_state()
     with state.main_process_first():  # one process draws and writes, the others find everything done
         if state.is_main_process:
             _claim(directory, resume=resume)
@@ -60,16 +59,16 @@ def train(
 
 def _finetune(resolved: Resolved, directory: Path, *, resume: bool, report: Report | None) -> dict[str, float]:
     """Training on manifests: the run directory, and everything else in ``finetune``."""
-    from accelerate import PartialState
-
     from mmi_engine.train import finetune
+    from mmi_engine.train.processes import process_state
 
-    state = PartialState()
+    finetune.check(resolved.recipe)
+    state = process_state()
     with state.main_process_first():
         if state.is_main_process:
             _claim(directory, resume=resume)
             (directory / "recipe.json").write_text(resolved.to_json(), encoding="utf-8")
-            record = {"world": "", **_environment()}
+            record = {"world": "", "processes": state.num_processes, **_environment()}
             (directory / "run.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return finetune.run(resolved, directory, resume=resume, report=report)
 
