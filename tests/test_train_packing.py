@@ -303,8 +303,10 @@ def test_a_broken_picture_drops_its_document_and_nothing_takes_its_place(pairs: 
 def test_a_batch_of_which_nothing_is_left_has_no_loss(tmp_path: Path) -> None:
     path = write(tmp_path, [{"caption": "a ball", "image": "missing.png"}])
     batch = feed_of(path, SetConfig("s", "pair"), layout()).batch(0, 2)
-    assert batch.inputs.text_ids.tolist() == [[1, 2]] and batch.names == []
-    assert (batch.inputs.target_ids == NO_LOSS).all() and batch.inputs.images.shape == (0, 8, 8, 3)
+    blank = [1, 300, 301, 301, 301, 2]  # the visual tokenizer must have something to read
+    assert batch.inputs.text_ids.tolist() == [[1, 2, 299, 299, 299, 299], blank] and batch.names == []
+    assert (batch.inputs.target_ids == NO_LOSS).all() and batch.inputs.image_counts.tolist() == [0, 1]
+    assert batch.inputs.images.shape == (1, 8, 8, 3) and batch.inputs.image_loss_mask.tolist() == [0.0]
 
 
 def test_both_sizes_come_from_one_mirrored_view(tmp_path: Path) -> None:

@@ -57,19 +57,29 @@ def targets(model: nn.Module, config: LoraConfig) -> list[str]:
     return found
 
 
-def merged_state(model: nn.Module) -> dict[str, Tensor]:
-    """The model's weights under their usual names, adapters folded in."""
-    deltas: dict[str, Tensor] = {}
+def merged_state(model: nn.Module, state: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """The model's weights under their usual names, adapters folded in.
+
+    Args:
+        state: the weights, where the model itself holds parts of them only.
+    """
+    weights = model.state_dict() if state is None else state
+    scales: dict[str, float] = {}
     for name, module in model.named_modules():
-        if hasattr(module, "get_delta_weight") and getattr(module, "active_adapters", None):
-            deltas[f"{name}.weight"] = module.get_delta_weight("default").detach()
-    state: dict[str, Tensor] = {}
-    for name, value in model.state_dict().items():
+        if hasattr(module, "lora_A") and hasattr(module, "scaling"):
+            scales[f"{name}.weight"] = module.scaling["default"]
+    merged: dict[str, Tensor] = {}
+    for name, value in weights.items():
         if ".lora_" in name:
             continue
         plain = name.replace(BASE, ".")
-        state[plain] = value + deltas[plain].to(value) if plain in deltas else value
-    return state
+        if plain in scales:
+            layer = plain.removesuffix(".weight")
+            low, high = (weights[f"{layer}.lora_{side}.default.weight"].float() for side in "AB")
+            merged[plain] = value.float() + scales[plain] * (high @ low)
+        else:
+            merged[plain] = value
+    return merged
 
 
 def checkpoint_activations(model: Any) -> None:

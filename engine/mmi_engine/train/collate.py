@@ -20,7 +20,7 @@ from torch import Tensor
 from mmi_engine.data.images import ImageLoader, prepare
 from mmi_engine.data.maps import Palette, load_map
 from mmi_engine.errors import ItemError, TextTooLongError
-from mmi_engine.sequence import NO_LOSS, InterleavedBatch, Piece, pad_rows, text_targets
+from mmi_engine.sequence import NO_LOSS, InterleavedBatch, Piece, image_block, pad_rows, text_targets
 from mmi_engine.tasks.ground import to_square
 from mmi_engine.train.documents import BOX_ROOM, View, box_text
 from mmi_engine.train.packing import Blend, Encoded, Layout, Planned, Slot, Stream, encode
@@ -79,6 +79,9 @@ class Feed:
         layout: tokens and row length.
         sizes: of the pictures.
         palette: colours of semantic maps.
+
+    A batch without a picture gets a black one that carries no loss: the visual tokenizer must have something to read,
+    and all parts of the model take part in every step.
     """
 
     def __init__(self, blend: Blend, layout: Layout, sizes: Sizes, palette: Palette) -> None:
@@ -97,12 +100,21 @@ class Feed:
         rows, flags = [rows[place] for place in keep], [flags[place] for place in keep]
         if not rows[0].ids:  # nothing of the batch is left: an empty document, without loss
             rows[0].ids, rows[0].silent = [self.layout.tokens.bos, self.layout.tokens.eos], [True, True]
+        tokens = sum(len(row.ids) for row in rows)
+        if not any(row.drawn for row in rows):
+            rows, flags = [*rows, self._blank()], [*flags, False]
         return ManifestBatch(
             self._inputs(rows, flags),
             [name for row in rows for name in row.names],
             dropped,
-            sum(len(row.ids) for row in rows),
+            tokens,
         )
+
+    def _blank(self) -> _Row:
+        """A document of one black picture without any loss."""
+        ids = [self.layout.tokens.bos, *image_block(self.layout.tokens, self.layout.per_image), self.layout.tokens.eos]
+        seen, target = (np.zeros((side, side, 3), np.uint8) for side in (self.sizes.encoder, self.sizes.decoder))
+        return _Row(ids, [True] * len(ids), [seen], [target], [False])
 
     def _inputs(self, rows: list[_Row], skip_imageless: list[bool]) -> InterleavedBatch:
         tokens = self.layout.tokens

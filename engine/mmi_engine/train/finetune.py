@@ -13,16 +13,17 @@ import dataclasses
 import json
 from collections import Counter
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mmi_engine.data.maps import Palette
 from mmi_engine.errors import ConfigError
 from mmi_engine.model_info import family_of
-from mmi_engine.train import adapters, foundation, sources
+from mmi_engine.train import adapters, foundation, sharding, sources
 from mmi_engine.train.collate import Feed, ManifestBatch, Sizes, describe
 from mmi_engine.train.documents import Choices
 from mmi_engine.train.interleaved import InterleavedObjective
@@ -53,7 +54,8 @@ class ManifestTask:
         check_numbers(recipe)
         self.base = foundation.load(recipe)
         self.model = self.base.model
-        self.module: nn.Module = InterleavedObjective(self.model, recipe.loss.noise_repeats)
+        kind = sharding.WholeObjective if recipe.loop.shard == "fsdp" else InterleavedObjective
+        self.module: nn.Module = kind(self.model, recipe.loss.noise_repeats)
         freeze(self.module, recipe.optim.freeze)
         if recipe.lora.rank:
             adapters.adapt(self.model, recipe.lora)
@@ -77,9 +79,8 @@ class ManifestTask:
             data.encoder_px or config.vision.image_size,
             (data.decoder_px or config.image_decoder.vae.image_size) if self.recipe.loss.image else 0,
         )
-        return Feed(
-            Blend(streams, [entry.weight for entry in data.sets], seed), layout, sizes, Palette.find(data.palette)
-        )
+        blend = Blend(streams, [entry.weight for entry in data.sets], seed)
+        return Feed(blend, layout, sizes, Palette.find(data.palette))
 
     def batch(self, index: int) -> ManifestBatch:
         """Micro-batch ``index``."""
@@ -115,7 +116,8 @@ class ManifestTask:
         for index in range(max(1, samples // size)):
             torch.manual_seed(index)
             batch = self.val.batch(index, size).to(self.model.device)
-            _, parts = self.module(batch)
+            with self._precision():
+                _, parts = self.module(batch)
             for name, value in parts.items():
                 totals.setdefault(name, []).append(float(value))
         torch.set_rng_state(state)
@@ -126,11 +128,26 @@ class ManifestTask:
         """Held-out documents as the model completes them, one a row."""
         from mmi_engine.train.sheet import contact_sheet
 
-        contact_sheet(self.model, self.val, self.recipe.measure.settings.get("steps", 20)).save(path)
+        with self._precision():
+            sheet = contact_sheet(self.model, self.val, self.recipe.measure.settings.get("steps", 20))
+        sheet.save(path)
+
+    def _precision(self) -> AbstractContextManager[Any]:
+        """What the training step computes in, for what is computed beside it."""
+        halves = self.recipe.loop.precision == "bf16"
+        return torch.autocast(self.model.device.type, torch.bfloat16) if halves else nullcontext()
 
     def export(self, directory: Path) -> None:
         """Model directory with adapters folded in and the base's unloaded parts beside the trained ones."""
-        state = adapters.merged_state(self.model)
+        self._write(directory, adapters.merged_state(self.model))
+
+    def export_state(self, directory: Path, state: dict[str, Tensor]) -> None:
+        """As :meth:`export`, from the objective's whole weights gathered from several processes."""
+        prefix = "model."
+        gathered = {name.removeprefix(prefix): value for name, value in state.items()}
+        self._write(directory, adapters.merged_state(self.model, gathered))
+
+    def _write(self, directory: Path, state: dict[str, Tensor]) -> None:
         foundation.export(self.base, state, directory, STORED[self.recipe.loop.precision])
         text = json.dumps(describe(self.train), indent=2) + "\n"
         (directory / "data.json").write_text(text, encoding="utf-8")

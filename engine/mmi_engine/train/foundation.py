@@ -112,6 +112,8 @@ def load(recipe: Recipe) -> Foundation:
     if left:
         model.image_decoder = nn.Identity()  # type: ignore[assignment]
     model.load_state_dict(tensors, strict=False, assign=True)
+    if not left:
+        model.channels_last()
     if fresh:
         logger.info("%d weights begin fresh, first %s", len(fresh), fresh[0])
     model.tokenizer = DirectoryTokenizer(directory)

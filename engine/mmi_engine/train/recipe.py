@@ -179,6 +179,8 @@ class LoopConfig:
     """A held-out figure (``text``, ``image`` …); the weights with its lowest value are kept as ``model-best``."""
     activation_checkpointing: bool = False
     """Compute activations again in the backward pass instead of keeping them."""
+    shard: str = "no"
+    """``fsdp`` spreads parameters, gradients and optimizer state over the processes (``manifests`` only, ``ema`` 0)."""
     trackers: tuple[str, ...] = ()
     """``tensorboard``, ``wandb`` … through accelerate."""
 
@@ -189,6 +191,8 @@ class LoopConfig:
         known = ("fp32", "bf16", "bf16-pure")
         _require(self.precision in known, f"loop.precision must be one of {', '.join(known)}")
         _require(0 <= self.ema < 1, "loop.ema must be in [0, 1)")
+        _require(self.shard in ("no", "fsdp"), "loop.shard must be no or fsdp")
+        _require(self.shard == "no" or not self.ema, "loop.shard fsdp keeps no averaged weights: set loop.ema=0.0")
 
 
 @dataclass(frozen=True)
@@ -211,6 +215,8 @@ class Recipe:
 
     def __post_init__(self) -> None:
         _require(self.task in ("vae", "interleaved"), "task must be 'vae' or 'interleaved'")
+        manifests = self.task == "interleaved" and self.data.source == "manifests"
+        _require(manifests or self.loop.shard == "no", "loop.shard fsdp needs data.source manifests")
 
 
 @dataclass(frozen=True)
