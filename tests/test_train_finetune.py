@@ -178,11 +178,22 @@ def test_missing_data_are_named_with_their_remedy_before_any_model(tmp_path: Pat
 
 
 def test_data_on_the_command_line(tmp_path: Path, rows: Path) -> None:
-    words = ["--recipe", "sft_vqa", "--data", f"vqav2={rows}", "--dry-run"]
+    words = ["--recipe", "sft_vqa", "--data", f"vqav2={rows}", "--dry-run", "loop.batch_size=1"]
     shown = json.loads(CliRunner().invoke(command, words).stdout)
     assert [entry["name"] for entry in shown["recipe"]["data"]["sets"]] == ["vqav2"]
     assert shown["recipe"]["model"] == {"base": "toon"} and shown["origins"]["data.sets"] == "command line"
-    two = ["--recipe", "sft_vqa", "--model", "toon", "--data", str(rows), str(rows), "--dry-run", "loop.steps=3"]
+    two = [
+        "--recipe",
+        "sft_vqa",
+        "--model",
+        "toon",
+        "--data",
+        str(rows),
+        str(rows),
+        "--dry-run",
+        "loop.steps=3",
+        "loop.batch_size=1",
+    ]
     listed = json.loads(CliRunner().invoke(command, two).stdout)["recipe"]
     assert len(listed["data"]["sets"]) == 2 and listed["loop"]["steps"] == 3
     missing = CliRunner().invoke(command, ["--recipe", "sft_vqa", "--data", "vqav2=gone.jsonl", "--dry-run"])

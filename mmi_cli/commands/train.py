@@ -41,7 +41,11 @@ data unless --data names others. Every number can be set on the command line: op
     help="JSON lines to train on, for the recipe's set NAME or as a set of their own; may be repeated.",
 )
 @click.option("--resume", is_flag=True, help="Go on from the newest checkpoint in the run directory.")
-@click.option("--dry-run", is_flag=True, help="Print the resolved recipe with the origin of each value, and stop.")
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Print the resolved recipe with the origin of each value, tell the memory it needs, and stop.",
+)
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @message_options
 def train(
@@ -64,6 +68,8 @@ def train(
     resolved = _resolved(name, directory if resume else None, model, data, overrides)
     if dry_run:
         console.current().out(resolved.to_json().rstrip("\n"))
+        if resolved.recipe.data.source == "manifests":
+            _estimate(resolved.recipe)
         return
     if directory is None and (resume or int(os.environ.get("WORLD_SIZE", "1")) > 1):
         raise UsageError(
@@ -103,6 +109,14 @@ def _resolved(
     if resolved.recipe.data.source == "manifests":
         sources.locate(resolved.recipe.data)
     return resolved
+
+
+def _estimate(recipe: Any) -> None:
+    """What a step will need in memory, on stderr."""
+    from mmi_engine.train.finetune import estimate
+
+    found = estimate(recipe)
+    console.current().event("memory", found.sentence(), always=True, **found.to_json())
 
 
 def _conclude(recipe: Any, directory: Path, figures: dict[str, float]) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import tempfile
 from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from mmi_engine.data.maps import Palette
 from mmi_engine.errors import ConfigError
 from mmi_engine.model_info import family_of
-from mmi_engine.train import adapters, foundation, sharding, sources
+from mmi_engine.train import adapters, foundation, memory, sharding, sources
 from mmi_engine.train.collate import Feed, ManifestBatch, Sizes, describe
 from mmi_engine.train.documents import Choices
 from mmi_engine.train.interleaved import InterleavedObjective
@@ -116,7 +117,7 @@ class ManifestTask:
         for index in range(max(1, samples // size)):
             torch.manual_seed(index)
             batch = self.val.batch(index, size).to(self.model.device)
-            with self._precision():
+            with self.precision():
                 _, parts = self.module(batch)
             for name, value in parts.items():
                 totals.setdefault(name, []).append(float(value))
@@ -128,11 +129,11 @@ class ManifestTask:
         """Held-out documents as the model completes them, one a row."""
         from mmi_engine.train.sheet import contact_sheet
 
-        with self._precision():
+        with self.precision():
             sheet = contact_sheet(self.model, self.val, self.recipe.measure.settings.get("steps", 20))
         sheet.save(path)
 
-    def _precision(self) -> AbstractContextManager[Any]:
+    def precision(self) -> AbstractContextManager[Any]:
         """What the training step computes in, for what is computed beside it."""
         halves = self.recipe.loop.precision == "bf16"
         return torch.autocast(self.model.device.type, torch.bfloat16) if halves else nullcontext()
@@ -202,6 +203,21 @@ def run(resolved: Any, directory: Path, *, resume: bool, report: Report | None) 
         figures |= benchmark.after()
     state.wait_for_everyone()
     return figures
+
+
+def estimate(recipe: Recipe) -> memory.Estimate:
+    """What a step of the recipe needs in memory, as far as that can be told without training; nothing is written.
+
+    Raises:
+        as :func:`check`.
+    """
+    check(recipe)
+    _, directory = foundation.configuration(recipe)
+    if (directory / foundation.WEIGHTS).stat().st_size > memory.TRIAL_BYTES:
+        return memory.before_loading(recipe)
+    train, val = sets_of(recipe.data, sources.locate(recipe.data), lambda _: None)
+    with tempfile.TemporaryDirectory() as folder:
+        return memory.tried(ManifestTask(recipe, train, val, Path(folder)), recipe)
 
 
 def settled(recipe: Recipe, processes: int) -> Recipe:
