@@ -121,3 +121,32 @@ def test_data_from_the_command_line(tmp_path: Path) -> None:
     assert resolved.origins["data.sets"] == "command line"
     with pytest.raises(ConfigError, match="no set 'refcocc'"):
         resolve("sft_rec", data=["refcocc=x.jsonl"])
+
+
+FROZEN = ("sft_vqa", "pretrain", "ablation_no_mmfs", "sft_story_pororo", "sft_caption", "sft_seg2img")
+
+
+@pytest.mark.parametrize("name", [*FROZEN, "ablation_text_only", "ablation_mmfs_256"])
+def test_the_papers_freezing_and_groups_find_their_parameters(name: str) -> None:
+    """The recipe as the paper has it, on the embedded model's modules: same names, smaller numbers."""
+    from mmi_engine.train import foundation
+    from mmi_engine.train.interleaved import InterleavedObjective
+    from mmi_engine.train.optim import freeze, parameter_groups
+
+    recipe = resolve(name, ["model.base=toon"]).recipe
+    base = foundation.load(recipe)
+    objective = InterleavedObjective(base.model, 1)
+    freeze(objective, recipe.optim.freeze)
+    rates = {n: group["lr"] for group in parameter_groups(objective, recipe.optim) for n in group["names"]}
+    assert not any("trunk" in n or "codec" in n for n in rates)
+    body = [n for n in rates if "language.body" in n and ".cross." not in n]
+    assert bool(body) == (name == "sft_vqa") and all(rates[n] == 1e-6 for n in body)
+    assert any("text_head.head_new" in n for n in rates) and any("resampler" in n for n in rates)
+    decoder = {n: rate for n, rate in rates.items() if "image_decoder" in n and ".offsets." not in n}
+    assert bool(decoder) == bool(recipe.loss.image)
+    story = name.startswith("sft_story")
+    assert set(decoder.values()) <= {1e-4 if story else 1e-5}
+    mmfs = [n for n in rates if ".mmfs" in n or ".cross." in n]
+    assert bool(mmfs) == ("language.mmfs" not in recipe.model.get("without", ()))
+    if "resampler" in " ".join(base.fresh):  # only what the ablation changes begins fresh
+        assert all("resampler" in n for n in base.fresh)
