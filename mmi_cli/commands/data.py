@@ -127,9 +127,11 @@ def make() -> None:
 def toon(out: str, split: str, count: int, start: int) -> None:
     """Draw scenes and stories of the embedded world, with exact truth, as manifests for every task."""
     from mmi_engine.toon.dataset import make_dataset
+    from mmi_engine.train.toon_documents import NAME, write_documents
 
     terminal = console.current()
     with terminal.counting("drawing") as progress:
         made = make_dataset(Path(out), split, count, start, progress=progress)
+        made[NAME] = write_documents(Path(out), split, count, progress, start)
     rows = ", ".join(f"{name} {number}" for name, number in made.items())
     terminal.event("made", f"wrote {out}: {rows} rows", rows=made)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,8 +45,14 @@ def complete(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step-*") if path.is_dir())
 
 
-def save(accelerator: Accelerator, folder: Path, step: int, keep: int) -> Path:
-    """Write checkpoint ``step`` into ``folder`` and delete all but the newest ``keep``."""
+def save(
+    accelerator: Accelerator, folder: Path, step: int, keep: int, extra: Callable[[Path], None] | None = None
+) -> Path:
+    """Write checkpoint ``step`` into ``folder`` and delete all but the newest ``keep``.
+
+    Args:
+        extra: writes what accelerate does not know of; called in every process.
+    """
     final = folder / f"step-{step:08d}"
     if final.exists():
         return final
@@ -56,6 +63,8 @@ def save(accelerator: Accelerator, folder: Path, step: int, keep: int) -> Path:
         partial.mkdir(parents=True)
     accelerator.wait_for_everyone()
     accelerator.save_state(str(partial))
+    if extra is not None:
+        extra(partial)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         for path in partial.rglob("*"):

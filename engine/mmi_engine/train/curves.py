@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any, TextIO
 
-UNPLOTTED = ("step", "seconds")
+UNPLOTTED = ("step", "seconds", "eta_s")
 
 
 class MetricsFile:

@@ -24,12 +24,13 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import Tensor
 
 from mmi_engine.errors import GenerationError, Interrupted, OutputError
-from mmi_engine.train import checkpoints
+from mmi_engine.train import checkpoints, sharding
 from mmi_engine.train.curves import MetricsFile
 from mmi_engine.train.loader import stream
 from mmi_engine.train.optim import Average, cosine_with_warmup, freeze, parameter_groups
 from mmi_engine.train.recipe import Recipe
 from mmi_engine.train.task import Task
+from mmi_engine.train.watching import Watch
 
 logger = logging.getLogger(__name__)
 Report = Callable[[dict[str, Any]], None]
@@ -63,23 +64,33 @@ class Loop:
         self.accelerator = Accelerator(
             gradient_accumulation_steps=loop.accumulate,
             mixed_precision="bf16" if loop.precision == "bf16" else "no",
+            log_with=list(loop.trackers) or None,
+            project_dir=str(directory / "trackers") if loop.trackers else None,
             # a batch without a picture to draw leaves the image decoder without gradients
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
         )
         freeze(task.module, recipe.optim.freeze)
+        self.sharded = loop.shard == "fsdp" and self.accelerator.num_processes > 1
+        if self.sharded:
+            sharding.shard(task.module, self.accelerator.device, self.accelerator.num_processes)
         groups = parameter_groups(task.module, recipe.optim)
+        self.names = [name for group in groups for name in group["names"]]
         self.peaks = [group["lr"] for group in groups]
         optimizer = torch.optim.AdamW(
             [{k: v for k, v in g.items() if k not in ("names", "label")} for g in groups],
             betas=recipe.optim.betas,
             eps=recipe.optim.eps,
-            fused=True,
+            fused=not self.sharded,
         )
         self.average = Average(task.module, loop.ema) if loop.ema else None
         self.position = checkpoints.Position()
-        self.module, self.optimizer = self.accelerator.prepare(task.module, optimizer)
+        self.module: Any = task.module
+        self.optimizer: Any = optimizer
+        if not self.sharded:
+            self.module, self.optimizer = self.accelerator.prepare(task.module, optimizer)
         self.accelerator.register_for_checkpointing(self.position, *([self.average] if self.average else []))
         self.metrics = MetricsFile(directory, enabled=self.accelerator.is_main_process)
+        self.watch = Watch(recipe, self.accelerator, directory)
         self.stop_signal = 0
         self.waited = 0.0
         if self.accelerator.is_main_process:
@@ -109,9 +120,13 @@ class Loop:
                 done = step == loop.steps
                 if step % loop.log_every == 0 or done:
                     values = {k: round(float(v), 6) if isinstance(v, Tensor) else v for k, v in line.items()}
-                    self._log({**values, **clock.rates(self.position, self.waited)})
+                    rates = clock.rates(self.position, self.waited)
+                    self._log({**values, **rates, **self.watch.figures(step)})
                 if step % loop.eval_every == 0 or done:
                     figures = self._evaluate()
+                    clock.skip()
+                if self.watch.sheet_due(step) and not self.sharded:
+                    self._sheet()
                     clock.skip()
                 due = time.monotonic() - last_saved > 60 * loop.checkpoint_minutes
                 due |= bool(loop.checkpoint_steps) and step % loop.checkpoint_steps == 0
@@ -127,10 +142,8 @@ class Loop:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
             self.metrics.close()
-        with self._averaged():
-            if self.accelerator.is_main_process:
-                self.task.export(self.directory / "model")
-        self.accelerator.wait_for_everyone()
+            self.watch.end()
+        self._export("model")
         return figures
 
     def _step(self, batches: list[tuple[int, Any]], clock: _Clock) -> dict[str, Any]:
@@ -149,15 +162,17 @@ class Loop:
         for index, batch in batches:
             with self.accelerator.accumulate(self.module):
                 torch.manual_seed(recipe.seed * SEED_STRIDE + index)
-                loss, parts = self.module(self.task.to_device(batch, self.accelerator.device))
+                with self.accelerator.autocast() if self.sharded else nullcontext():
+                    loss, parts = self.module(self.task.to_device(batch, self.accelerator.device))
                 value = _Arriving(loss)
                 self.accelerator.backward(loss)
                 if not math.isfinite(value.get()):
                     self._not_finite(value.get(), batch)
                 if self.accelerator.sync_gradients and recipe.optim.clip:
                     norm = self.accelerator.clip_grad_norm_(self.module.parameters(), recipe.optim.clip)
-                self.optimizer.step()
-                self.optimizer.zero_grad()
+                if self.accelerator.sync_gradients:
+                    self.optimizer.step()
+                    self.optimizer.zero_grad()
             for name, value in {"loss": loss.detach(), **parts}.items():
                 sums[name] = sums.get(name, 0) + value / len(batches)
             self.position.samples += self.task.size(batch)
@@ -165,6 +180,9 @@ class Loop:
             self.average.update(self.task.module)
         self.position.step += 1
         clock.tick()
+        count = getattr(self.task, "tokens", None)
+        self.watch.step(self.position.step, sum(count(batch) for _, batch in batches) if count else 0)
+        norm = sharding.whole(norm)
         return {"step": self.position.step, **sums, "lr": self.peaks[0] * factor, "grad_norm": norm}
 
     # ------------------------------------------------------------------ data
@@ -194,30 +212,68 @@ class Loop:
     def _evaluate(self) -> dict[str, float]:
         """Figures on held-out data with the averaged weights, plus preview and curves."""
         figures: dict[str, float] = {}
-        if self.accelerator.is_main_process:
+        if self.accelerator.is_main_process or self.sharded:  # sharded weights compute together or not at all
             self.task.module.eval()
             with self._averaged():
                 figures = {k: round(float(v), 5) for k, v in self.task.evaluate(self.recipe.loop.eval_samples).items()}
-                self.task.preview(self.directory / "preview.png")
+                if not self.sharded:
+                    self.task.preview(self.directory / "preview.png")
             self.task.module.train()
+        if self.watch.best(figures):
+            self._export("model-best")
+        if self.accelerator.is_main_process:
             self._log({"step": self.position.step, **{f"val_{k}": v for k, v in figures.items()}})
             self.metrics.plot()
         self.accelerator.wait_for_everyone()
         return figures
 
+    @torch.no_grad()
+    def _sheet(self) -> None:
+        """``samples/step-N.png``, from the averaged weights."""
+        if self.accelerator.is_main_process:
+            folder = self.directory / "samples"
+            folder.mkdir(exist_ok=True)
+            state = torch.get_rng_state()
+            self.task.module.eval()
+            with self._averaged():
+                self.task.preview(folder / f"step-{self.position.step:08d}.png")
+            self.task.module.train()
+            torch.set_rng_state(state)
+        self.accelerator.wait_for_everyone()
+
+    def _export(self, name: str) -> None:
+        """Write the averaged weights as model directory ``name``."""
+        state = sharding.full_state(self.task.module) if self.sharded else None
+        with self._averaged():
+            if self.accelerator.is_main_process and state is not None:
+                self.task.export_state(self.directory / name, state)  # type: ignore[attr-defined]
+            elif self.accelerator.is_main_process:
+                self.task.export(self.directory / name)
+        self.accelerator.wait_for_everyone()
+
     def _log(self, line: dict[str, Any]) -> None:
         if self.accelerator.is_main_process:
             self.metrics.write(line)
+            self.watch.track(line)
             self.report({**line, "steps": self.recipe.loop.steps})
 
     def _save(self) -> None:
         folder = self.directory / "checkpoints"
-        checkpoints.save(self.accelerator, folder, self.position.step, self.recipe.loop.keep_checkpoints)
+        extra = None
+        if self.sharded:
+            main = self.accelerator.is_main_process
+            extra = lambda place: sharding.save(self.task.module, self.optimizer, place, main=main)  # noqa: E731
+        checkpoints.save(self.accelerator, folder, self.position.step, self.recipe.loop.keep_checkpoints, extra)
 
     def _restore(self, resume: bool) -> None:
         found = checkpoints.complete(self.directory / "checkpoints")
         if resume and found:
+            if self.sharded:
+                sharding.load(self.task.module, self.optimizer, found[-1], self.names)
             self.accelerator.load_state(str(found[-1]))
+            self.accelerator.step = 0  # counted in micro-batches of another number of processes, perhaps
+            if not self.sharded:
+                sharding.align(getattr(self.optimizer, "optimizer", self.optimizer))
             self.metrics.cut(self.position.step)
             logger.info("resumed at step %d of %d", self.position.step, self.recipe.loop.steps)
         elif found:

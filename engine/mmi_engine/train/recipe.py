@@ -13,13 +13,15 @@ import difflib
 import json
 import tomllib
 import types
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from mmi_engine.errors import ConfigError
+from mmi_engine.train import layers
+from mmi_engine.train.sections import AUGMENTS, LoraConfig, MeasureConfig, SetConfig
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class DataConfig:
     """Where training samples come from."""
 
     source: str = "toon"
-    """``toon``: the built-in world, drawn once into a cache directory."""
+    """``toon``: the built-in world, drawn once into a cache directory; ``manifests``: rows of ``sets``."""
     cache: str = ""
     """Cache directory; empty means ``$MMI_CACHE/toon`` or ``~/.cache/mmi/toon``."""
     stories: int = 3000
@@ -54,10 +56,34 @@ class DataConfig:
     """Optimizer steps until they are replaced by those of the next rows."""
     redrawn: float = 0.0
     """Share of pictures that the encoder sees as the codec draws them, as it will its own (``interleaved`` only)."""
+    sets: tuple[SetConfig, ...] = ()
+    """The data sets of ``source = "manifests"``; all that follows belongs to it as well."""
+    root: str = ""
+    """Folder in which a set without ``manifest`` is looked for as ``NAME/manifest.jsonl``."""
+    pack: bool = True
+    """Several documents of one set in a row of ``row_tokens``; False: one document a row."""
+    image_first: float = 0.5
+    """How often a picture stands before its text (``pair`` and ``document``)."""
+    encoder_px: int = 0
+    """Side of the pictures that the visual tokenizer reads (0: the model's own)."""
+    decoder_px: int = 0
+    """Side of the pictures that the image decoder learns from (0: the model's own)."""
+    augment: str = "none"
+    """``none`` and ``centre_crop`` show the centre square as every command does; ``flip`` mirrors half of the rows,
+    with boxes, maps and the words left and right."""
+    palette: str = "voc"
+    """Colours of semantic maps."""
+    held_out: float = 0.01
+    """Share of the rows of every set that is not trained on but measured (drawn data has a split of its own)."""
 
     def __post_init__(self) -> None:
         _require(0 <= self.redrawn <= 1, "data.redrawn must be in [0, 1]")
-        _require(self.source in ("toon",), "data.source must be 'toon'")
+        _require(self.source in ("toon", "manifests"), "data.source must be 'toon' or 'manifests'")
+        _require(0 <= self.held_out < 1, "data.held_out must be in [0, 1)")
+        _require(0 <= self.image_first <= 1, "data.image_first must be in [0, 1]")
+        _require(self.augment in AUGMENTS, f"data.augment must be one of {', '.join(AUGMENTS)}")
+        names = [entry.name for entry in self.sets]
+        _require(len(set(names)) == len(names), "data.sets: two sets have the same name")
         _require(self.stories > 0 and self.workers > 0, "data.stories and data.workers must be positive")
         _require(self.loaders >= 0, "data.loaders must not be negative")
         _require(self.row_tokens > 0, "data.row_tokens must be positive")
@@ -84,6 +110,8 @@ class LossConfig:
     """λ of L_NTP + λ L_NIP (paper Eq. 5); 0 leaves the image decoder out altogether."""
     noise_repeats: int = 1
     """Noise levels drawn per image and step; the context is computed once for all of them."""
+    guidance_dropout: float | None = None
+    """Share of pictures that learn without their context; ``None`` leaves the model's own (0.1)."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +143,8 @@ class OptimConfig:
     groups: tuple[GroupConfig, ...] = ()
     freeze: tuple[str, ...] = ()
     """Regular expressions of parameters that are not trained."""
+    frozen_dtype: str = "fp32"
+    """``bf16`` keeps the frozen parameters in half the memory (``manifests`` only)."""
 
     def __post_init__(self) -> None:
         _require(
@@ -122,6 +152,7 @@ class OptimConfig:
         )
         _require(self.lr > 0 and self.eps > 0, "optim.lr and optim.eps must be positive")
         _require(self.warmup >= 0 and self.clip >= 0, "optim.warmup and optim.clip must not be negative")
+        _require(self.frozen_dtype in ("fp32", "bf16"), "optim.frozen_dtype must be fp32 or bf16")
 
 
 @dataclass(frozen=True)
@@ -134,6 +165,8 @@ class LoopConfig:
     """Samples per process and micro-batch."""
     accumulate: int = 1
     """Micro-batches per optimizer step."""
+    global_batch: int = 0
+    """Rows per optimizer step over all processes; where it is set, ``accumulate`` follows from it."""
     precision: str = "fp32"
     """``fp32``, ``bf16`` (autocast) or ``bf16-pure`` (forward and backward pass in bf16 throughout; ``interleaved``
     only). Weights and optimizer stay fp32 in all of them."""
@@ -151,6 +184,16 @@ class LoopConfig:
     keep_checkpoints: int = 2
     eval_every: int = 500
     eval_samples: int = 64
+    sample_every: int = 0
+    """Sample generations as a contact sheet every so many steps, ``samples/step-N.png`` (0: none)."""
+    keep_best: str = ""
+    """A held-out figure (``text``, ``image`` …); the weights with its lowest value are kept as ``model-best``."""
+    activation_checkpointing: bool = False
+    """Compute activations again in the backward pass instead of keeping them."""
+    shard: str = "no"
+    """``fsdp`` spreads parameters, gradients and optimizer state over the processes (``manifests`` only, ``ema`` 0)."""
+    trackers: tuple[str, ...] = ()
+    """``tensorboard``, ``wandb`` … through accelerate."""
 
     def __post_init__(self) -> None:
         positive = ("steps", "batch_size", "accumulate", "log_every", "keep_checkpoints", "eval_every", "eval_samples")
@@ -159,6 +202,8 @@ class LoopConfig:
         known = ("fp32", "bf16", "bf16-pure")
         _require(self.precision in known, f"loop.precision must be one of {', '.join(known)}")
         _require(0 <= self.ema < 1, "loop.ema must be in [0, 1)")
+        _require(self.shard in ("no", "fsdp"), "loop.shard must be no or fsdp")
+        _require(self.shard == "no" or not self.ema, "loop.shard fsdp keeps no averaged weights: set loop.ema=0.0")
 
 
 @dataclass(frozen=True)
@@ -177,13 +222,16 @@ class Recipe:
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    measure: MeasureConfig = field(default_factory=MeasureConfig)
 
     def __post_init__(self) -> None:
         known = ("vae", "interleaved", "image_decoder")
         _require(self.task in known, f"task must be one of {', '.join(known)}")
-        _require(
-            not self.loop.cuda_graph or self.task == "image_decoder", "loop.cuda_graph is for the task image_decoder"
-        )
+        manifests = self.task == "interleaved" and self.data.source == "manifests"
+        _require(manifests or self.loop.shard == "no", "loop.shard fsdp needs data.source manifests")
+        graph = self.loop.cuda_graph
+        _require(not graph or self.task == "image_decoder", "loop.cuda_graph is for the task image_decoder")
 
 
 @dataclass(frozen=True)
@@ -221,26 +269,35 @@ def find(name_or_file: str) -> Path:
     raise ConfigError(f"recipe {name_or_file!r} is neither a file nor the name of a shipped recipe", remedy=hint)
 
 
-def resolve(name_or_file: str, overrides: Iterable[str] = ()) -> Resolved:
+def resolve(
+    name_or_file: str, overrides: Iterable[str] = (), *, profile: str = "", data: Sequence[str] = ()
+) -> Resolved:
     """Read a recipe and apply ``key=value`` overrides (dotted keys, TOML values; a bare word is a string).
+
+    Args:
+        name_or_file: a shipped name or a TOML file.
+        overrides: ``key=value`` texts.
+        profile: ``toon`` for the recipe's scaled profile.
+        data: manifests, see :func:`mmi_engine.train.layers.with_data`.
 
     Raises:
         ConfigError: file missing or not TOML, unknown key, value of the wrong type or out of range.
     """
     path = find(name_or_file)
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not a TOML file: {error}", remedy="correct the recipe") from error
+    if not profile and layers.has_profile(path, find):  # the profile's keys are checked even where it does not serve
+        _build(Recipe, layers.read(path, find, layers.PROFILE)[0], "", f"{path} [{layers.PROFILE}]")
+    table, from_files = layers.read(path, find, profile)
     table.setdefault("name", path.stem)
-    from_file = set(_leaves(table))
-    table, from_line = _apply(table, overrides)
+    from_line: set[str] = set()
+    if data:
+        table = layers.with_data(table, data)
+        from_line |= {"data.sets", "data.source"}
+    table, overridden = _apply(table, overrides)
+    from_line |= overridden
     recipe = _build(Recipe, table, "", str(path))
     origins = {}
     for leaf in _leaves(dataclasses.asdict(recipe)):
-        origins[leaf] = (
-            "command line" if leaf in from_line else f"recipe {path.name}" if leaf in from_file else "default"
-        )
+        origins[leaf] = "command line" if leaf in from_line else from_files.get(leaf, "default")
     return Resolved(recipe, origins)
 
 

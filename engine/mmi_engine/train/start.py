@@ -36,19 +36,17 @@ def train(
     Raises:
         ConfigError, OutputError, Interrupted, NotFiniteError: see :class:`mmi_engine.train.loop.Loop`.
     """
-    from accelerate import PartialState
-
     from mmi_engine.train import cache
     from mmi_engine.train.loop import Loop
+    from mmi_engine.train.processes import process_state
 
+    if resolved.recipe.data.source == "manifests":
+        return _finetune(resolved, directory, resume=resume, report=report)
     report = report or (lambda _: None)
-    state = PartialState()
+    state = process_state()
     with state.main_process_first():  # one process draws and writes, the others find everything done
-        if state.is_main_process and not resume and (directory / "recipe.json").exists():
-            raise OutputError(
-                f"{directory} already holds a training run", remedy="add --resume or choose another --out"
-            )
-        directory.mkdir(parents=True, exist_ok=True)
+        if state.is_main_process:
+            _claim(directory, resume=resume)
         record = directory / "run.json"
         before = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
         world = before.get("world") or cache.fingerprint()
@@ -57,6 +55,29 @@ def train(
             (directory / "recipe.json").write_text(resolved.to_json(), encoding="utf-8")
             record.write_text(json.dumps({"world": world, **_environment()}, indent=2) + "\n", encoding="utf-8")
     return Loop(resolved.recipe, task, directory, report if state.is_main_process else None).run(resume=resume)
+
+
+def _finetune(resolved: Resolved, directory: Path, *, resume: bool, report: Report | None) -> dict[str, float]:
+    """Training on manifests: the run directory, and everything else in ``finetune``."""
+    from mmi_engine.train import finetune
+    from mmi_engine.train.processes import process_state
+
+    finetune.check(resolved.recipe)
+    state = process_state()
+    with state.main_process_first():
+        if state.is_main_process:
+            _claim(directory, resume=resume)
+            (directory / "recipe.json").write_text(resolved.to_json(), encoding="utf-8")
+            record = {"world": "", "processes": state.num_processes, **_environment()}
+            (directory / "run.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    return finetune.run(resolved, directory, resume=resume, report=report)
+
+
+def _claim(directory: Path, *, resume: bool) -> None:
+    """Make the run directory; raises OutputError where it holds a run that is not to be resumed."""
+    if not resume and (directory / "recipe.json").exists():
+        raise OutputError(f"{directory} already holds a training run", remedy="add --resume or choose another --out")
+    directory.mkdir(parents=True, exist_ok=True)
 
 
 def build_task(resolved: Resolved, report: Report, world: str | None = None) -> Any:

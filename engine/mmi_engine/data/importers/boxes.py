@@ -48,7 +48,7 @@ def _published(sink: Sink) -> Iterator[dict[str, Any]]:
                     "id": str(sentence.get("sent_id", reference.get("ref_id"))),
                     "image": sink.image(names.get(reference.get("image_id"))),
                     "expression": _expression(text),
-                    "box": _xyxy(boxes[reference["ann_id"]], sink.options.boxes or "xywh"),
+                    "box": xyxy(boxes[reference["ann_id"]], sink.options.boxes or "xywh"),
                     "meta": {"split": reference.get("split")},
                 }
             except Drop as drop:
@@ -90,7 +90,7 @@ def _lines(sink: Sink) -> Iterator[dict[str, Any]]:
                 "id": str(entry.get("id", f"{number:06d}")),
                 "image": sink.image(_first(entry, IMAGE)),
                 "expression": _expression(_first(entry, EXPRESSION)),
-                "box": _xyxy(_first(entry, BOX), sink.options.boxes or "xyxy"),
+                "box": xyxy(_first(entry, BOX), sink.options.boxes or "xyxy"),
             }
         except Drop as drop:
             sink.drop(drop.reason)
@@ -108,7 +108,7 @@ def _expression(text: Any) -> str:
     return text.strip()
 
 
-def _xyxy(box: Any, form: str) -> list[float]:
+def xyxy(box: Any, form: str) -> list[float]:
     """Four numbers as left, top, right, bottom."""
     if isinstance(box, str):
         try:

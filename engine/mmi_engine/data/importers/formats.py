@@ -20,8 +20,17 @@ FORMATS: dict[str, tuple[str, str, str]] = {
     "text": ("containers", "read_plain", "a text file, one prompt a line"),
     "vist": ("stories", "read_vist", "VIST stories in sequence, nested or flattened (JSON)"),
     "story-h5": ("stories", "read_story_h5", "PororoSV, FlintstonesSV, VIST as AR-LDM stores them (HDF5)"),
+    "pororo": ("pickles", "read_pororo", "PororoSV as published (npy files, with --trust-pickle)"),
+    "flintstones": ("pickles", "read_flintstones", "FlintstonesSV as published (pickle, with --trust-pickle)"),
+    "ade20k": ("pages", "read_ade20k", "ADE20K: maps and pictures; captions with --annotations"),
+    "mmc4": ("pages", "read_mmc4", "MMC4 documents (JSON lines, also in a zip)"),
     "webdataset": ("containers", "read_webdataset", "tars of samples"),
     "parquet": ("containers", "read_parquet", "tables with pictures inside, OBELICS"),
+    "visdial": ("benchmarks", "read_visdial", "VisDial 1.0; relevance with --annotations (JSON)"),
+    "paragraph": ("benchmarks", "read_paragraph", "Image2Paragraph; a split with --annotations (JSON)"),
+    "narratives": ("benchmarks", "read_narratives", "LN-COCO: narratives as prompts (JSON lines)"),
+    "gqa": ("benchmarks", "read_gqa", "GQA questions (JSON)"),
+    "released": ("benchmarks", "read_released", "annt.json and pair lists of the released project"),
 }
 
 

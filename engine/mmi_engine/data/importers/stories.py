@@ -42,7 +42,7 @@ def read_vist(sink: Sink) -> Iterator[dict[str, Any]]:
         except Drop as drop:
             sink.drop(drop.reason)
             continue
-        yield _story(sink, name, [str(text).strip() for text in texts], images, {})
+        yield story_row(sink, name, [str(text).strip() for text in texts], images, {})
 
 
 def _place(part: dict[str, Any]) -> int:
@@ -83,12 +83,12 @@ def _h5_story(sink: Sink, name: str, group: Any, index: int, split: str) -> dict
     count = sum(f"image{number}" in group for number in range(FRAMES))
     if len(texts) != count:
         raise Drop("texts_do_not_match")
-    pictures = [_first_of_strip(bytes(group[f"image{number}"][index])) for number in range(count)]
+    pictures = [first_of_strip(bytes(group[f"image{number}"][index])) for number in range(count)]
     images = [sink.save_picture(name, picture, number) for number, picture in enumerate(pictures)]
-    return _story(sink, name, texts, images, {"split": split} if split else {})
+    return story_row(sink, name, texts, images, {"split": split} if split else {})
 
 
-def _first_of_strip(content: bytes) -> Any:
+def first_of_strip(content: bytes) -> Any:
     """The first frame of an encoded picture; raises Drop (`image_unreadable`)."""
     from mmi_engine.data.images import decode
     from mmi_engine.errors import ImageError
@@ -102,7 +102,7 @@ def _first_of_strip(content: bytes) -> Any:
     return picture
 
 
-def _story(sink: Sink, name: str, texts: list[str], images: list[str], meta: dict[str, Any]) -> dict[str, Any]:
+def story_row(sink: Sink, name: str, texts: list[str], images: list[str], meta: dict[str, Any]) -> dict[str, Any]:
     given = sink.options.given
     frames: list[dict[str, Any]] = [
         {"text": text, "image": image if given is None or number < given else None}

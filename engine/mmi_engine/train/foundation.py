@@ -1,0 +1,199 @@
+"""The model that fine-tuning starts from: a model directory, what the recipe changes about it, what stays on the disk.
+
+Place in the flow: ``finetune.py`` asks :func:`load` for the model to train and :func:`export` for the directory of the
+result. Keys of the recipe's ``[model]`` table: ``base`` (``toon`` or a model directory), ``partial`` (weights of the
+base that fit are taken, the others begin fresh), ``without`` (parts of the configuration set to null), and any value of
+the model's configuration, nested as there. A recipe that learns no pictures (``loss.image = 0``) leaves the image
+decoder on the disk: its tensors are copied from the base when the result is written.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from mmi_engine.errors import ConfigError, ModelError
+from mmi_engine.model.checkpoint import WEIGHTS, SkipInit
+from mmi_engine.model.config import ModelConfig
+from mmi_engine.model.interleaved import MMInterleaved
+from mmi_engine.model.tokenizer import DirectoryTokenizer
+from mmi_engine.model_info import locate
+from mmi_engine.train.recipe import Recipe
+
+logger = logging.getLogger(__name__)
+DECODER = "image_decoder."
+KEYS = ("base", "partial", "without")
+_WRAPPED = re.compile(r"^(language\.body\.layers\.\d+)\.layer\.")
+_PLAIN = re.compile(r"^(language\.body\.layers\.\d+)\.(?!layer\.|cross\.)")
+
+
+@dataclass
+class Foundation:
+    """The model, where it came from, and what is not in it.
+
+    Attributes:
+        model: in training mode.
+        directory: of the base.
+        fresh: names of weights that the base does not have in this shape.
+        left: prefix of what was not loaded, or "".
+    """
+
+    model: MMInterleaved
+    directory: Path
+    fresh: list[str]
+    left: str = ""
+
+
+def configuration(recipe: Recipe) -> tuple[ModelConfig, Path]:
+    """The configuration that the recipe trains, and the base's directory; no weight is read.
+
+    Raises:
+        ConfigError: no base, or a part in ``without`` that the configuration does not have.
+        ModelError: no such model, unknown configuration keys.
+    """
+    base = recipe.model.get("base")
+    if not base:
+        raise ConfigError("model.base is missing", remedy="name the model to start from: --model M")
+    directory = locate(str(base))
+    table: dict[str, Any] = json.loads(ModelConfig.load(directory).to_json())
+    _merge(table, {key: value for key, value in recipe.model.items() if key not in KEYS})
+    for part in recipe.model.get("without", ()):
+        *parents, last = str(part).split(".")
+        place = table
+        for name in parents:
+            place = place.get(name, {})
+        if last not in place:
+            raise ConfigError(f"model.without: the configuration has no {part!r}", remedy="e.g. language.mmfs")
+        place[last] = None
+    table["loss_text_weight"], table["loss_image_weight"] = recipe.loss.text, recipe.loss.image
+    if recipe.loss.guidance_dropout is not None:
+        table["image_decoder"]["unconditional_probability"] = recipe.loss.guidance_dropout
+    return ModelConfig.from_json(json.dumps(table)), directory
+
+
+def _merge(into: dict[str, Any], new: dict[str, Any]) -> None:
+    for key, value in new.items():
+        if isinstance(value, dict) and isinstance(into.get(key), dict):
+            _merge(into[key], value)
+        else:
+            into[key] = value
+
+
+def load(recipe: Recipe) -> Foundation:
+    """The model of the recipe with the base's weights, in float32 on the CPU.
+
+    Raises:
+        ConfigError, ModelError: see :func:`configuration`; or weights that do not fit without ``partial``.
+    """
+    config, directory = configuration(recipe)
+    partial = bool(recipe.model.get("partial"))
+    left = "" if recipe.loss.image else DECODER
+    with torch.device("meta"):
+        shapes = {
+            k: v.shape for k, v in MMInterleaved(config).state_dict().items() if not left or not k.startswith(left)
+        }
+    tensors, fresh = _fitting(directory / WEIGHTS, shapes, partial)
+    torch.manual_seed(recipe.seed)  # fresh weights are the same in every process and run
+    if fresh:
+        model = MMInterleaved(config)
+    else:
+        with SkipInit():
+            model = MMInterleaved(config)
+    if left:
+        model.image_decoder = nn.Identity()  # type: ignore[assignment]
+    model.load_state_dict(tensors, strict=False, assign=True)
+    if not left:
+        model.channels_last()
+    if fresh:
+        logger.info("%d weights begin fresh, first %s", len(fresh), fresh[0])
+    model.tokenizer = DirectoryTokenizer(directory)
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    for name, parameter in model.named_parameters():
+        if name.endswith("ignore_token"):  # a constant of the released checkpoint
+            parameter.requires_grad_(False)
+    return Foundation(model.train(), directory, fresh, left)
+
+
+def _fitting(path: Path, shapes: dict[str, torch.Size], partial: bool) -> tuple[dict[str, Tensor], list[str]]:
+    """Tensors of the file that the model has room for, and the names of the model's others."""
+    with safe_open(path, framework="pt") as file:
+        names = set(file.keys())
+        there = {k: next((n for n in _called(k) if n in names), "") for k in shapes}
+        fits = {k: n for k, n in there.items() if n and torch.Size(file.get_slice(n).get_shape()) == shapes[k]}
+        fresh = sorted(set(shapes) - set(fits))
+        if fresh and not partial:
+            raise ModelError(
+                f"{path}: {len(fresh)} tensors do not fit the recipe's configuration, first {fresh[0]}",
+                remedy="remove the changes of [model], or set model.partial=true to begin them fresh",
+            )
+        tensors = {}
+        for name, stored in fits.items():
+            tensor = file.get_tensor(stored)
+            tensors[name] = tensor.float() if tensor.is_floating_point() else tensor
+    return tensors, fresh
+
+
+def _called(name: str) -> list[str]:
+    """What a tensor may be called in the base: a decoder layer with MMFS holds the library's layer under ``layer``."""
+    return [name, _WRAPPED.sub(r"\1.", name), _PLAIN.sub(r"\1.layer.", name)]
+
+
+def export(foundation: Foundation, state: dict[str, Tensor], directory: Path, dtype: torch.dtype) -> None:
+    """Write a model directory from the trained weights and what was left on the disk.
+
+    Args:
+        foundation: see :func:`load`.
+        state: names and weights as the model has them.
+        directory: made if absent; every file appears complete or not at all.
+        dtype: of storage.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    tensors = {k: _stored(v, dtype) for k, v in state.items()}
+    if foundation.left:
+        with safe_open(foundation.directory / WEIGHTS, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 — no mapping
+                if name.startswith(foundation.left):
+                    tensors[name] = _stored(file.get_tensor(name), dtype)
+    partial = directory / f"{WEIGHTS}.partial"
+    save_file(tensors, partial, metadata={"format": "pt"})
+    partial.chmod(0o644)
+    os.replace(partial, directory / WEIGHTS)
+    config = foundation.model.config
+    if not config.loss_image_weight:  # what the base said about a loss that this run had not
+        base = ModelConfig.load(foundation.directory)
+        config = replace(config, loss_image_weight=base.loss_image_weight)
+    text = directory / "config.json.partial"
+    text.write_text(config.to_json(), encoding="utf-8")
+    os.replace(text, directory / "config.json")
+    foundation.model.tokenizer.copy_to(directory)
+
+
+def _stored(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    tensor = tensor.detach().cpu()
+    return (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous()
+
+
+def halve_frozen(model: nn.Module) -> int:
+    """Keep the matrices of frozen linear, convolution and embedding layers in bfloat16; returns the bytes saved.
+
+    Vectors stay: they cost nothing, and norms want them in float32.
+    """
+    saved = 0
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d | nn.Embedding):
+            weight = module.weight
+            if not weight.requires_grad and weight.dtype == torch.float32:
+                module.weight = nn.Parameter(weight.detach().to(torch.bfloat16), requires_grad=False)
+                saved += 2 * weight.numel()
+    return saved

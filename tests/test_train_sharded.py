@@ -1,0 +1,83 @@
+"""Parameters spread over processes: they train as one, and one goes on from their checkpoint."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from tiny import tiny_model
+from train_rows import manifest, numbers, recipe_of
+
+from mmi_engine.errors import ConfigError
+from mmi_engine.model.checkpoint import load_model, save_model
+from mmi_engine.train import sources
+from mmi_engine.train.finetune import ManifestTask, sets_of
+from mmi_engine.train.start import train
+
+SCRIPT = Path(__file__).with_name("train_rows.py")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tiny_model(), tmp_path_factory.mktemp("base"))
+
+
+def test_sharded_processes_train_as_one_and_one_goes_on_from_their_checkpoint(tmp_path: Path, base: Path) -> None:
+    pairs = manifest(tmp_path / "pairs", "pairs")
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
+        "ACCELERATE_USE_CPU": "true",
+        "OMP_NUM_THREADS": "1",
+    }
+    words = ["loop.steps=2", "loop.global_batch=4", "loop.checkpoint_steps=1", "data.pack=false", "optim.eps=1e-3"]
+    words.append("optim.weight_decay=0.0")  # zero gradients decay, absent ones do not
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29531"]
+    arguments = [
+        str(SCRIPT),
+        str(tmp_path / "two"),
+        str(base),
+        str(pairs),
+        *words,
+        "loop.shard=fsdp",
+        "loss.image=10.0",
+    ]
+    subprocess.run([*command, *arguments], env=environment, check=True, timeout=200)
+    assert json.loads((tmp_path / "two" / "run.json").read_text(encoding="utf-8"))["processes"] == 2
+    train(recipe_of(tmp_path, base, pairs, *words, image=10.0), tmp_path / "one")
+    last = Path("checkpoints") / "step-00000002"
+    first, second = (load_file(tmp_path / name / last / "model.safetensors") for name in ("one", "two"))
+    assert first.keys() == second.keys()
+    assert max(float((first[n] - second[n]).abs().max()) for n in first) < 1e-5
+    # one process resumes what two have begun, and ends where it would have ended alone
+    shutil.rmtree(tmp_path / "two" / last)
+    train(recipe_of(tmp_path, base, pairs, *words, image=10.0), tmp_path / "two", resume=True)
+    third = load_file(tmp_path / "two" / last / "model.safetensors")
+    assert max(float((first[n] - third[n]).abs().max()) for n in first) < 1e-5
+    before = load_model(base).state_dict()
+    assert max(float((first[f"model.{n}"] - w).abs().max()) for n, w in before.items() if f"model.{n}" in first) > 1e-4
+
+
+def test_texts_alone_reach_every_parameter_of_a_sharded_run(tmp_path: Path, base: Path) -> None:
+    path = tmp_path / "texts.jsonl"
+    turns = [{"role": "user", "content": "what?"}, {"role": "assistant", "content": "Pip"}]
+    path.write_text(json.dumps({"messages": turns}) + "\n", encoding="utf-8")
+    recipe = numbers(recipe_of(tmp_path, base, path, "loop.shard=fsdp", "data.held_out=0.0", image=10.0))
+    train_rows, val_rows = sets_of(recipe.data, sources.locate(recipe.data), lambda _: None)
+    task = ManifestTask(recipe, train_rows, val_rows, tmp_path)
+    batch = task.to_device(task.batch(0), "cpu")
+    assert len(batch.inputs.images) == 1 and batch.inputs.image_loss_mask.tolist() == [0.0]
+    loss, parts = task.module(batch)
+    loss.backward()
+    without = [n for n, p in task.model.named_parameters() if p.requires_grad and p.grad is None]
+    assert without == [] and float(loss.detach()) == pytest.approx(float(parts["text"]), rel=1e-5)
+    moved = {n for n, p in task.model.named_parameters() if p.grad is not None and bool(p.grad.any())}
+    assert any("mlp" in n for n in moved) and not any("unet" in n for n in moved)
+    with pytest.raises(ConfigError, match="no averaged weights"):
+        recipe_of(tmp_path, base, path, "loop.shard=fsdp", "loop.ema=0.9")
