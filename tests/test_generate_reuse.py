@@ -1,4 +1,4 @@
-"""What generation keeps changes nothing but the work: on equals off, and each thing is computed as often as it should."""
+"""What generation keeps changes nothing but the work: on equals off, each thing computed as often as it should be."""
 
 from __future__ import annotations
 

@@ -197,7 +197,8 @@ class Maker:
 
     def encode(self, wanted: list[tuple[Document, int]]) -> None:
         """Encode the images before the next missing piece that are not encoded yet, each content once."""
-        size, todo = self.config.vision.image_size, []
+        size = self.config.vision.image_size
+        todo: list[tuple[Document, Image.Image]] = []
         for document, cut in wanted:
             images = [p.value for p in document.pieces[:cut] if p.kind == "image"]
             todo += [(document, prepare(image, size)) for image in images[len(document.encoded) :]]
@@ -217,7 +218,8 @@ class Maker:
 
     def _encode(self, pictures: list[Image.Image]) -> list[Encoded]:
         """Encode prepared pictures in batches of ``batch_size``, the last one filled up with black."""
-        size, made = self.config.vision.image_size, []
+        size = self.config.vision.image_size
+        made: list[Encoded] = []
         for start in range(0, len(pictures), self.batch_size):
             part = pictures[start : start + self.batch_size]
             pixels = torch.zeros(self.batch_size, 3, size, size)

@@ -148,4 +148,4 @@ def unet_anew(unet: MMFSUNet, features: Sequence[Tensor], visible: Tensor, halve
         return None
     flat = torch.cat([m[vision.rows].flatten(3).transpose(2, 3) for m in features], dim=2)
     repeated = vision.repeat(halves, len(visible))
-    return replace(repeated, values=Anew(unet.mmfs_blocks, flat.repeat(halves, 1, 1, 1)), sources=None)
+    return replace(repeated, values=Anew(list(unet.mmfs_blocks), flat.repeat(halves, 1, 1, 1)), sources=None)
