@@ -35,7 +35,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "data": ("mmi_cli.commands.data", "data", "Import, validate and make data."),
     "model": ("mmi_cli.commands.model", "model", "Look into model directories."),
     "recipe": ("mmi_cli.commands.recipe", "recipe", "List, show and copy the training recipes."),
-    "bench": ("mmi_cli.commands.bench", "bench", "Measure the sampling kernels."),
+    "bench": ("mmi_cli.commands.bench", "bench", "Measure sampling kernels and generation."),
     "verify": ("mmi_cli.commands.verify", "verify", "Check the numbers of this installation."),
     "doctor": ("mmi_cli.commands.doctor", "doctor", "Look over versions, devices, kernels and memory."),
 }

@@ -83,6 +83,7 @@ class ModelEngine:
         self._settings: Any = None
         self._model: Any = None
         self._clip: Any = None
+        self._pictures: Any = None  # encoded pictures of this model, across batches
         self._probing = False
         self._unit = 1
 
@@ -324,7 +325,11 @@ class ModelEngine:
                 free.append(job.free)
         try:
             with torch.no_grad():
-                filled = interleave.fill(self._model, items, item_seeds, self._settings, batch_size, free)
+                if self._pictures is None:
+                    self._pictures = interleave.PictureStore()
+                filled = interleave.fill(
+                    self._model, items, item_seeds, self._settings, batch_size, free, self._pictures
+                )
                 return self._gather(jobs, filled, batch_size)
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""`mmi bench kernel`: how fast the sampling kernels of this machine are, checked before they are timed."""
+"""`mmi bench`: how fast the sampling kernels and generation are on this machine, checked as they are timed."""
 
 from __future__ import annotations
 
@@ -81,4 +81,60 @@ def kernel(
     for trouble in result["troubles"]:
         terminal.warning(f"{trouble['case']}, {trouble['dtype']}, {trouble['name']}: {trouble['reason']}")
     kernel_bench.write(result, out, picture)
+    return 1 if result["troubles"] else 0
+
+
+@bench.command(
+    "generate", context_settings=SETTINGS, epilog="Example:\n\n  mmi bench generate --quick --out speed.json"
+)
+@click.option("--model", default="toon", show_default=True, metavar="M", help="toon or a model directory.")
+@click.option("--device", type=DeviceType(), default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@click.option("--threads", type=click.IntRange(1), metavar="N", help="CPU threads.  [default: physical cores]")
+@click.option("--quick", is_flag=True, help="Fewer tokens and denoising steps, one repetition.")
+@click.option(
+    "--clock",
+    type=click.Choice(["wall", "processor"]),
+    default="wall",
+    show_default=True,
+    help="processor: this process's own time, for a CPU that others use too (with --threads 1).",
+)
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout instead of the table.")
+@click.option("--out", type=click.Path(path_type=Path), metavar="FILE", help="Write the JSON here.")
+@click.option(
+    "--plot", "picture", type=click.Path(path_type=Path), metavar="FILE", help="Write a plot (PNG, SVG, PDF)."
+)
+@message_options
+def generate(
+    model: str,
+    device: str,
+    threads: int | None,
+    quick: bool,
+    clock: str,
+    as_json: bool,
+    out: Path | None,
+    picture: Path | None,
+) -> int:
+    """Time generation, with everything kept and with nothing kept.
+
+    Text after 1, 4 and 8 pictures and after short and long texts, pictures after 1, 4 and 8, more steps, a batch of
+    eight, a story. Each is made twice with the same weights: pictures encoded and MMFS values projected once
+    ("kept"), and again wherever the released engine does so ("again"). The ratio is the time of the second over the
+    first's. Where they make different texts or pictures, a warning says so and the exit code is 1.
+    """
+    from mmi_engine import generate_bench, kernel_bench
+
+    terminal = console.current()
+    loaded = generate_bench.load(model, kernel_bench.device_of(device), threads)
+    todo = generate_bench.cases(quick)
+    result = generate_bench.run(loaded, todo, repeats=1 if quick else 3, clock=clock, on_case=terminal.notice)
+    if as_json:
+        terminal.json(result)
+    else:
+        peak = result["peak_bytes"] / 2**20
+        terminal.out(f"{result['model']} on {result['machine']['device']}, at most {peak:.0f} MiB")
+        header, *rows = generate_bench.table(result["figures"])
+        terminal.table(rows, header=header)
+    for trouble in result["troubles"]:
+        terminal.warning(f"{trouble['sweep']}, {trouble['value']} {trouble['x']}: {trouble['reason']}")
+    generate_bench.write(result, out, picture)
     return 1 if result["troubles"] else 0

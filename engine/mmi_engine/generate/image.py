@@ -16,6 +16,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from torch import Tensor
 
+from mmi_engine.generate.reuse import Reuse, unet_anew
 from mmi_engine.generate.settings import Settings
 from mmi_engine.model.config import GenerationDefaults
 from mmi_engine.model.interleaved import MMInterleaved
@@ -66,9 +67,13 @@ Observer = Callable[[str, Tensor], None]
 
 @torch.no_grad()
 def denoise(
-    model: MMInterleaved, request: ImageRequest, plan: Denoising, observe: Observer = lambda name, value: None
+    model: MMInterleaved,
+    request: ImageRequest,
+    plan: Denoising,
+    observe: Observer = lambda name, value: None,
+    reuse: Reuse | None = None,
 ) -> Tensor:
-    """Scaled latents ``[N, C, h, w]`` of the requested pictures."""
+    """Scaled latents ``[N, C, h, w]`` of the requested pictures; ``reuse``: what is computed once, default all."""
     decoder = model.image_decoder
     batch, dtype = len(request.tokens), request.tokens.dtype
     scheduler = make_scheduler(model, plan.scheduler)
@@ -78,11 +83,14 @@ def denoise(
     latents = latents * scheduler.init_noise_sigma
     observe("init_latents", latents)
     guided = plan.guidance != 1.0
-    vision = decoder.unet.look(request.features, request.visible)
+    if reuse is None or reuse.values:
+        vision = decoder.unet.look(request.features, request.visible)
+        vision = vision.repeat(2, batch) if guided and vision is not None else vision
+    else:
+        vision = unet_anew(decoder.unet, request.features, request.visible, 1 + guided)
     tokens = request.tokens
     if guided:
         tokens = torch.cat([decoder.unconditional.to(dtype).expand_as(tokens), tokens])
-        vision = None if vision is None else vision.repeat(2, batch)
     stochastic = plan.scheduler == "ddpm"
     for index, step in enumerate(scheduler.timesteps):
         inputs = scheduler.scale_model_input(torch.cat([latents, latents]) if guided else latents, step)

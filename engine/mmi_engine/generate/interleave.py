@@ -23,6 +23,7 @@ from torch import Tensor
 from mmi_engine.data.images import prepare
 from mmi_engine.errors import TextTooLongError
 from mmi_engine.generate.image import Denoising, ImageRequest, denoise, to_images
+from mmi_engine.generate.reuse import Encoded, PictureStore, Reuse
 from mmi_engine.generate.score import option_scores
 from mmi_engine.generate.settings import Settings
 from mmi_engine.generate.text import Prompt, generate_text
@@ -38,14 +39,6 @@ LENGTH_STEP = 32
 
 
 @dataclass
-class _Encoded:
-    """One encoded image: visual tokens ``[K, d]`` and feature maps ``[C, h_l, w_l]``."""
-
-    tokens: Tensor
-    features: list[Tensor]
-
-
-@dataclass
 class Document:
     """A document in the making."""
 
@@ -53,7 +46,7 @@ class Document:
     seed: int
     free: int
     given: int = 0  # pieces of the document as it came; what follows is free
-    encoded: list[_Encoded] = field(default_factory=list)
+    encoded: list[Encoded] = field(default_factory=list)
     ended: bool = False
     made: int = 0
 
@@ -83,6 +76,7 @@ def fill(
     settings: Settings,
     batch_size: int,
     free: Sequence[int] | None = None,
+    pictures: PictureStore | None = None,
 ) -> list[list[Piece]]:
     """Values for all missing pieces.
 
@@ -94,6 +88,7 @@ def fill(
         batch_size: rows of every batch; fewer documents are filled up.
         free: per document, how many pictures may be added after its last piece, the model deciding where text ends and
             a picture begins.
+        pictures: encoded pictures to use and to add to, of this model; default a store that ends with the call.
 
     Returns:
         The documents with values (and, with ``free``, further pieces); pictures as RGB at the decoder's size.
@@ -106,7 +101,7 @@ def fill(
     documents = [
         Document(list(item), seed, extra, len(item)) for item, seed, extra in zip(items, seeds, free, strict=True)
     ]
-    maker = Maker(model, settings, batch_size)
+    maker = Maker(model, settings, batch_size, pictures=pictures)
     with torch.no_grad():
         while maker.round(documents):
             pass
@@ -116,8 +111,18 @@ def fill(
 class Maker:
     """One run over a few documents; `rank.py` scores candidates with its parts."""
 
-    def __init__(self, model: MMInterleaved, settings: Settings, batch_size: int) -> None:
+    def __init__(
+        self,
+        model: MMInterleaved,
+        settings: Settings,
+        batch_size: int,
+        *,
+        pictures: PictureStore | None = None,
+        reuse: Reuse | None = None,
+    ) -> None:
         self.model, self.settings = model, settings
+        self.reuse = reuse or Reuse()
+        self.pictures = PictureStore() if pictures is None else pictures
         self.batch_size = invariant_rows(batch_size, model.device)
         self.tokens, self.config = model.config.tokens, model.config
         self.plan = Denoising.choose(settings, model.config.generation)
@@ -127,7 +132,11 @@ class Maker:
     def round(self, documents: list[Document]) -> bool:
         """Make one piece of every unfinished document; False when there was none."""
         waiting: dict[Hashable, list[tuple[Document, int]]] = {}
-        self.encode([(d, self._cut(d)) for d in documents if d.unfinished])
+        unfinished = [document for document in documents if document.unfinished]
+        if not self.reuse.pictures:
+            for document in unfinished:
+                document.encoded = []
+        self.encode([(document, self._cut(document)) for document in unfinished])
         for document in documents:
             index = document.next_missing()
             if index is None:
@@ -187,20 +196,38 @@ class Maker:
         return kind, padded(length), len(document.encoded)
 
     def encode(self, wanted: list[tuple[Document, int]]) -> None:
-        """Encode the images before the next missing piece that are not encoded yet, ``batch_size`` at a time."""
+        """Encode the images before the next missing piece that are not encoded yet, each content once."""
+        size = self.config.vision.image_size
         todo: list[tuple[Document, Image.Image]] = []
         for document, cut in wanted:
             images = [p.value for p in document.pieces[:cut] if p.kind == "image"]
-            todo += [(document, image) for image in images[len(document.encoded) :]]
+            todo += [(document, prepare(image, size)) for image in images[len(document.encoded) :]]
+        if not self.reuse.pictures:
+            for (document, _), encoded in zip(todo, self._encode([picture for _, picture in todo]), strict=True):
+                document.encoded.append(encoded)
+            return
+        keys = [PictureStore.key(picture, self.batch_size) for _, picture in todo]
+        found = {key: self.pictures.get(key) for key in keys}
+        missing = {key: picture for key, (_, picture) in zip(keys, todo, strict=True) if found[key] is None}
+        for key, encoded in zip(missing, self._encode(list(missing.values())), strict=True):
+            found[key] = self.pictures.put(key, encoded)
+        for key, (document, _) in zip(keys, todo, strict=True):
+            encoded_once = found[key]
+            assert encoded_once is not None
+            document.encoded.append(encoded_once)
+
+    def _encode(self, pictures: list[Image.Image]) -> list[Encoded]:
+        """Encode prepared pictures in batches of ``batch_size``, the last one filled up with black."""
         size = self.config.vision.image_size
-        for start in range(0, len(todo), self.batch_size):
-            part = todo[start : start + self.batch_size]
+        made: list[Encoded] = []
+        for start in range(0, len(pictures), self.batch_size):
+            part = pictures[start : start + self.batch_size]
             pixels = torch.zeros(self.batch_size, 3, size, size)
-            for row, (_, image) in enumerate(part):
-                pixels[row] = picture_tensor(prepare(image, size))
+            for row, picture in enumerate(part):
+                pixels[row] = picture_tensor(picture)
             visual = self.model.visual_tokenizer(pixels.to(self.model.device, self.dtype))
-            for row, (document, _) in enumerate(part):
-                document.encoded.append(_Encoded(visual.tokens[row], [f[row] for f in visual.features]))
+            made += [Encoded(visual.tokens[row], [f[row] for f in visual.features]) for row in range(len(part))]
+        return made
 
     def _fill_up(self, part: list[tuple[Document, int]]) -> list[tuple[Document, int]]:
         """A full batch: the part and copies of its first row."""
@@ -229,7 +256,7 @@ class Maker:
         batch = self._fill_up(part)
         prompt = self.prompt(batch, left=True)
         generators = [document.generator(index) for document, index in batch]
-        made = generate_text(self.model, prompt, self.settings, generators=generators)
+        made = generate_text(self.model, prompt, self.settings, generators=generators, reuse=self.reuse)
         for (document, index), ids in zip(part, made.ids, strict=False):
             ended = ids[-1] if ids[-1] in (self.tokens.eos, self.tokens.boi) else None
             text = self.model.tokenizer.decode([i for i in ids[1:] if i not in (ended, self.tokens.image)])
@@ -275,14 +302,22 @@ class Maker:
         """Generate one picture of every document in ``part``."""
         batch = self._fill_up(part)
         request = self._request(batch)
-        latents = denoise(self.model, request, self.plan)
+        latents = self._denoise(request)
         if not bool(torch.isfinite(latents).all()):
             raise FloatingPointError("the denoised latents are not finite")
-        pictures = to_images(self.model, latents)
+        pictures = self._decode(latents)
         if not bool(torch.isfinite(pictures).all()):
             raise FloatingPointError("the decoded pictures are not finite")
         for (document, index), picture in zip(part, pictures, strict=False):
             document.give(index, to_picture(picture))
+
+    def _denoise(self, request: ImageRequest) -> Tensor:
+        """Latents ``[N, C, h, w]``."""
+        return denoise(self.model, request, self.plan, reuse=self.reuse)
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        """Pictures ``[N, 3, H, W]`` in [0, 1]."""
+        return to_images(self.model, latents)
 
     def _request(self, batch: list[tuple[Document, int]]) -> ImageRequest:
         """Context tokens and image features of the pictures to draw."""

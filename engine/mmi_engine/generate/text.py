@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from mmi_engine.generate.reuse import Anew, Reuse, language_anew
 from mmi_engine.generate.settings import Settings
 from mmi_engine.model.interleaved import MMInterleaved
 from mmi_engine.model.language import VisualContext
@@ -43,7 +44,7 @@ class TextOutput:
 class Decoder:
     """Prompt state of one batch: KV cache, projected images, mask and positions; rows may be reordered."""
 
-    def __init__(self, model: MMInterleaved, prompt: Prompt, copies: int = 1) -> None:
+    def __init__(self, model: MMInterleaved, prompt: Prompt, copies: int = 1, reuse: Reuse | None = None) -> None:
         self.model, self.mask = model, prompt.mask
         features = prompt.visual.features if prompt.visual is not None else ()
         tokens = prompt.visual.tokens if prompt.visual is not None else prompt.ids.new_zeros(0, 1, 1, dtype=torch.float)
@@ -56,6 +57,8 @@ class Decoder:
         self.position = positions[:, -1:]
         self.visual = None
         if visual is not None:
+            if reuse is not None and not reuse.values:
+                visual = language_anew(model, visual, features, prompt.counts)
             self.visual = replace(visual, visible=visual.visible[:, -1:])
         if copies > 1:
             self.cache.batch_repeat_interleave(copies)
@@ -66,7 +69,11 @@ class Decoder:
         self.logits, self.mask, self.position = self.logits[rows], self.mask[rows], self.position[rows]
         if self.visual is not None:
             seen = self.visual.visible.shape[-1] > 0
-            values = [v[rows] for v in self.visual.values] if seen else self.visual.values
+            values = self.visual.values
+            if isinstance(values, Anew):
+                values = values.select(rows)
+            elif seen:
+                values = [v[rows] for v in values]
             self.visual = VisualContext(values, self.visual.shapes, self.visual.visible[rows])
 
     def reorder(self, rows: Tensor) -> None:
@@ -108,6 +115,7 @@ def generate_text(
     generators: list[torch.Generator] | None = None,
     returned: int = 1,
     record_logits: bool = False,
+    reuse: Reuse | None = None,
 ) -> TextOutput:
     """Continue every prompt.
 
@@ -118,11 +126,12 @@ def generate_text(
         generators: one per row, for sampling (``temperature`` > 0).
         returned: beam hypotheses per row.
         record_logits: keep the raw logits of every step (greedy and sampling).
+        reuse: what is computed once, everything by default.
     """
     if settings.beams > 1:
-        return TextOutput(_beam_search(model, prompt, settings, returned), [])
+        return TextOutput(_beam_search(model, prompt, settings, returned, reuse), [])
     tokens, batch = model.config.tokens, len(prompt.ids)
-    decoder = Decoder(model, prompt)
+    decoder = Decoder(model, prompt, reuse=reuse)
     output = torch.full((batch, 1), tokens.bos, dtype=torch.long, device=prompt.ids.device)
     done = torch.zeros(batch, dtype=torch.bool, device=prompt.ids.device)
     recorded, logits = [], decoder.logits
@@ -194,12 +203,14 @@ class _Hypotheses:
         return len(self.items) == self.size and self.items[-1][0] >= best / length**self.length_penalty
 
 
-def _beam_search(model: MMInterleaved, prompt: Prompt, settings: Settings, returned: int) -> list[list[int]]:
+def _beam_search(
+    model: MMInterleaved, prompt: Prompt, settings: Settings, returned: int, reuse: Reuse | None
+) -> list[list[int]]:
     """Beam search with two stop ids: 3 × beams candidates a step, score = Σ log-probability / length^penalty."""
     tokens, beams, batch = model.config.tokens, settings.beams, len(prompt.ids)
     stops = (tokens.eos, tokens.boi)
     device = prompt.ids.device
-    decoder = Decoder(model, prompt, copies=beams)
+    decoder = Decoder(model, prompt, copies=beams, reuse=reuse)
     output = torch.full((batch * beams, 1), tokens.bos, dtype=torch.long, device=device)
     running = torch.full((batch, beams), -1e9, device=device)
     running[:, 0] = 0.0  # all beams start alike: only the first may branch

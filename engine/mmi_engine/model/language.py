@@ -9,6 +9,7 @@ Qwen 2 and 3). Source: paper section 3.2; docs/model.md.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +32,7 @@ class VisualContext:
     ``visible``: ``[B, T, M]`` 0 / 1, or with another length than the queries its last row holds for all of them.
     """
 
-    values: list[Tensor]
+    values: Sequence[Tensor]
     shapes: Shapes
     visible: Tensor
 

@@ -9,6 +9,7 @@ Source: docs/model.md (the paper puts MMFS after each up block; the released mod
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -82,7 +83,7 @@ class ImageVision:
     which row of ``values`` each of them looks at, ``None`` for its own (V = R).
     """
 
-    values: list[Tensor]
+    values: Sequence[Tensor]
     shapes: Shapes
     visible: Tensor
     rows: Tensor

@@ -1,0 +1,297 @@
+"""Benchmark of generation: every case with everything kept and with nothing kept, outputs compared, stages timed.
+
+Place in the flow: `mmi bench generate` comes here. A case is a few documents that `generate.interleave` completes, by
+the same code as the commands. It is run twice with the same weights in the same process: "kept" (pictures encoded and
+MMFS values projected once) and "again" (`generate.reuse.LITERAL`: computed again where the released engine does so).
+The keys of self-attention are kept in both, so the ratio again / kept counts MMFS and the encoder alone.
+
+A figure has sweep, x (what varies) and value, form ("kept" or "again"), seconds (median), unit ("tokens", "images" or
+"items") and per_second, and stages: the share of the time of each stage.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from mmi_engine.errors import OutputError
+from mmi_engine.generate.interleave import Document, Maker
+from mmi_engine.generate.reuse import LITERAL, Reuse
+from mmi_engine.generate.settings import Settings
+from mmi_engine.model.interleaved import MMInterleaved
+from mmi_engine.pieces import Piece
+
+Figure = dict[str, Any]
+FORMS = {"kept": Reuse(), "again": LITERAL}
+STAGES = {"encode": "encode", "_write": "text", "_request": "read", "_denoise": "denoise", "_decode": "decode"}
+"""Methods of `Maker` and what their time is called; what is left over is called "rest"."""
+SENTENCE = "Pip runs to the lake near a red ball."
+LEVELS_APART = 2  # pictures of both forms may differ by this many of 255 levels: sums are taken in another order
+
+
+@dataclass(frozen=True)
+class Case:
+    """Documents of one shape: text of at least ``words`` tokens, ``images`` pictures, then what is to be made.
+
+    Attributes:
+        sweep, x: the curve this is a point of and what varies along it, an attribute's name.
+        make: "text" (``tokens`` long), "image" (after ``steps`` denoising steps), or "story": ``frames`` further
+            pictures, with a given text before each.
+    """
+
+    sweep: str
+    x: str
+    make: str
+    images: int = 1
+    words: int = 0
+    tokens: int = 0
+    steps: int = 2
+    batch: int = 1
+    items: int = 1
+    frames: int = 1
+
+    @property
+    def unit(self) -> str:
+        """What is counted per second."""
+        return "items" if self.sweep in ("batch", "story") else {"text": "tokens"}.get(self.make, "images")
+
+    @property
+    def amount(self) -> int:
+        """How many units one run makes."""
+        return self.items * {"tokens": self.tokens, "images": 1, "items": 1}[self.unit]
+
+
+def cases(quick: bool) -> list[Case]:
+    """The shipped cases; ``quick``: fewer tokens and steps."""
+    tokens, steps = (6, 2) if quick else (32, 10)
+    found = [Case("text", "images", "text", images=n, tokens=tokens) for n in (1, 4, 8)]
+    found += [Case("text", "words", "text", words=n, tokens=tokens) for n in (64, 512)]
+    found += [Case("picture", "images", "image", images=n, steps=steps) for n in (1, 4, 8)]
+    found += [Case("picture", "steps", "image", steps=n * steps) for n in (1, 4)]
+    found += [Case("batch", "batch", "image", steps=steps, batch=n, items=8) for n in (1, 8)]
+    found.append(Case("story", "frames", "story", steps=steps, frames=4))
+    return found
+
+
+def load(name: str, device: str, threads: int | None) -> MMInterleaved:
+    """The model in the form that is measured: float32 on a CPU, bfloat16 on CUDA, the kernel chosen by itself.
+
+    Args:
+        name: ``toon`` or a directory.
+        device: as `kernel_bench.device_of` returns it.
+        threads: of a CPU; default its physical cores.
+
+    Raises:
+        ModelError: there is no such model.
+    """
+    from mmi_engine.model.checkpoint import load_model
+    from mmi_engine.model_info import locate
+    from mmi_engine.runtime import tune_cpu
+    from mmi_engine.versions import physical_cores
+
+    tune_cpu(threads or physical_cores())
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    return load_model(locate(name), device=device, dtype=dtype).eval()
+
+
+class TimedMaker(Maker):
+    """A `Maker` that adds up the time of its stages, in seconds of ``clock``."""
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self.seconds: dict[str, float] = {}
+        self.clock: Callable[[], float] = time.perf_counter
+        for method, stage in STAGES.items():
+            setattr(self, method, self._timed(getattr(self, method), stage))
+
+    def _timed(self, method: Callable[..., Any], stage: str) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            start = self.now()
+            result = method(*arguments)
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + self.now() - start
+            return result
+
+        return call
+
+    def now(self) -> float:
+        """The clock, after the device has finished."""
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize(self.model.device)
+        return self.clock()
+
+
+def run(
+    model: MMInterleaved,
+    todo: Sequence[Case],
+    *,
+    repeats: int = 1,
+    clock: str = "wall",
+    on_case: Callable[[str], None] = lambda name: None,
+) -> dict[str, Any]:
+    """Run every case in both forms. Returns {"machine", "model", "clock", "peak_bytes", "figures", "troubles"}.
+
+    Args:
+        model: with its tokenizer, in evaluation.
+        todo: see `cases`.
+        repeats: of each form, in turns; the figure is their median.
+        clock: "wall", or "processor": this process's own time, for a CPU that others use too.
+        on_case: called with the name of each case before it is run.
+
+    Raises:
+        TextTooLongError: a case does not fit into the model's context.
+    """
+    from mmi_engine.versions import versions
+    from mmi_kernels.bench import machine
+
+    ticks = {"wall": time.perf_counter, "processor": time.process_time}[clock]
+    if model.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(model.device)
+    figures: list[Figure] = []
+    troubles: list[dict[str, str]] = []
+    _once(model, replace(todo[0], make="story", tokens=1, steps=1), Reuse(), ticks)  # compiles kernels
+    for case in todo:
+        on_case(f"{case.sweep}, {getattr(case, case.x)} {case.x}")
+        runs: dict[str, list[tuple[float, dict[str, float], list[Piece]]]] = {form: [] for form in FORMS}
+        for _ in range(repeats):
+            for form, reuse in FORMS.items():
+                runs[form].append(_once(model, case, reuse, ticks))
+        figures += [_figure(case, form, results) for form, results in runs.items()]
+        difference = apart(runs["kept"][0][2], runs["again"][0][2])
+        if difference:
+            where = {"sweep": case.sweep, "x": case.x, "value": str(getattr(case, case.x))}
+            troubles.append({**where, "reason": difference})
+    return {
+        "machine": machine(model.device) | {"versions": versions()},
+        "model": model.config.name,
+        "clock": clock,
+        "peak_bytes": _peak(model.device),
+        "figures": figures,
+        "troubles": troubles,
+    }
+
+
+def _peak(device: torch.device) -> int:
+    """Most memory held since the start of the run (CUDA) or of the process (CPU)."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    import resource  # not on every system
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+@torch.no_grad()
+def _once(
+    model: MMInterleaved, case: Case, reuse: Reuse, ticks: Callable[[], float]
+) -> tuple[float, dict[str, float], list[Piece]]:
+    """Seconds, seconds per stage, and all pieces that were made."""
+    settings = Settings(steps=case.steps, max_new_tokens=max(case.tokens, 1), min_new_tokens=case.tokens)
+    documents = [Document(_pieces(model, case, number), number, 0) for number in range(case.items)]
+    maker = TimedMaker(model, settings, case.batch, reuse=reuse)
+    maker.clock = ticks
+    start = maker.now()
+    while maker.round(documents):
+        pass
+    seconds = maker.now() - start
+    given = len(_pieces(model, case, 0))
+    return seconds, maker.seconds, [piece for document in documents for piece in document.pieces[:given]]
+
+
+def _pieces(model: MMInterleaved, case: Case, number: int) -> list[Piece]:
+    """Document ``number`` of a case; its pictures are noise, another one for each."""
+    text = SENTENCE
+    while len(model.tokenizer.encode(text)) < case.words:
+        text += f" {SENTENCE}"
+    side = model.config.vision.image_size
+    noise = np.random.default_rng(number)
+    drawn = [Image.fromarray(noise.integers(0, 256, (side, side, 3), np.uint8)) for _ in range(case.images)]
+    pieces = [Piece("text", text), *[Piece("image", picture) for picture in drawn]]
+    if case.make == "story":
+        return [*pieces, *[piece for _ in range(case.frames) for piece in (Piece("text", SENTENCE), Piece("image"))]]
+    return [*pieces, Piece("text" if case.make == "text" else "image")]
+
+
+def apart(kept: Sequence[Piece], again: Sequence[Piece]) -> str:
+    """What differs between two results; empty where tokens agree and pictures within ``LEVELS_APART`` levels."""
+    for one, other in zip(kept, again, strict=True):
+        if one.kind == "text" and one.value != other.value:
+            return f"another text: {one.value!r} and {other.value!r}"
+        if one.kind == "image":
+            gap = int(np.abs(np.asarray(one.value, int) - np.asarray(other.value, int)).max())
+            if gap > LEVELS_APART:
+                return f"pictures are {gap} of 255 levels apart"
+    return ""
+
+
+def _figure(case: Case, form: str, results: Sequence[tuple[float, dict[str, float], list[Piece]]]) -> Figure:
+    seconds = statistics.median(taken for taken, _, _ in results)
+    total = sum(taken for taken, _, _ in results)
+    names = dict.fromkeys(stage for _, stages, _ in results for stage in stages)
+    shares = {name: sum(stages.get(name, 0.0) for _, stages, _ in results) / total for name in names}
+    where = {"sweep": case.sweep, "x": case.x, "value": getattr(case, case.x), "form": form, "repeats": len(results)}
+    rate = {"seconds": seconds, "unit": case.unit, "per_second": case.amount / seconds}
+    return where | rate | {"stages": shares | {"rest": 1 - sum(shares.values())}}
+
+
+def pairs(figures: Sequence[Figure]) -> list[tuple[Figure, Figure]]:
+    """(kept, again) of every case."""
+    again = {(f["sweep"], f["x"], f["value"]): f for f in figures if f["form"] == "again"}
+    return [(f, again[f["sweep"], f["x"], f["value"]]) for f in figures if f["form"] == "kept"]
+
+
+def table(figures: Sequence[Figure]) -> list[tuple[str, ...]]:
+    """Rows of text, the first a header; "ratio" is the time of "again" over that of "kept"."""
+    rows: list[tuple[str, ...]] = [("case", "varies", "value", "kept", "again", "per second", "ratio", "stages, kept")]
+    for kept, again in pairs(figures):
+        shares = sorted(kept["stages"].items(), key=lambda item: -item[1])
+        stages = ", ".join(f"{name} {share:.0%}" for name, share in shares[:3] if share >= 0.01)
+        rates = [f"{f['per_second']:.3g}" for f in (kept, again)]
+        ratio = f"{again['seconds'] / kept['seconds']:.2f}×"
+        rows.append((kept["sweep"], kept["x"], str(kept["value"]), *rates, kept["unit"], ratio, stages))
+    return rows
+
+
+def write(result: dict[str, Any], out: Path | None, picture: Path | None) -> None:
+    """JSON and plot into files, where asked for. Raises OutputError."""
+    try:
+        if out is not None:
+            out.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        if picture is not None:
+            plot(result, picture)
+    except (OSError, ValueError) as error:
+        raise OutputError(f"the figures cannot be written: {error}", remedy="choose another file") from error
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    """Seconds over what varies, one panel per curve, both forms."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    curves: dict[tuple[str, str], list[tuple[Figure, Figure]]] = {}
+    for pair in pairs(result["figures"]):
+        curves.setdefault((pair[0]["sweep"], pair[0]["x"]), []).append(pair)
+    figure, panels = pyplot.subplots(1, len(curves), figsize=(3.2 * len(curves), 3.2), squeeze=False)
+    for axes, ((sweep, x), points) in zip(panels[0], curves.items(), strict=True):
+        for side, form in enumerate(FORMS):
+            values = [pair[side]["value"] for pair in points]
+            axes.plot(values, [pair[side]["seconds"] for pair in points], "o-", label=form)
+        axes.set_title(sweep, fontsize=10)
+        axes.set_xlabel(x)
+        axes.set_ylim(bottom=0)
+    panels[0][0].set_ylabel(f"seconds ({result['clock']})")
+    panels[0][0].legend(frameon=False)
+    figure.suptitle(f"{result['model']} on {result['machine']['device']}", fontsize=10)
+    figure.tight_layout()
+    figure.savefig(path, dpi=100)
+    pyplot.close(figure)
