@@ -193,3 +193,16 @@ def test_an_index_that_lists_numbers(tmp_path) -> None:
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": 5}}')
     with pytest.raises(ModelError, match="no index of shards"):
         list_shards(tmp_path)
+
+
+def test_a_folder_of_the_users_is_not_taken_for_an_unfinished_import(tmp_path, model, refused, capsys) -> None:
+    shards(tmp_path, model)
+    own = tmp_path / "out.partial"
+    own.mkdir()
+    (own / "thesis.tex").write_text("x")
+    assert "thesis.tex is no part of an unfinished model" in refused(capsys)
+    assert (own / "thesis.tex").read_text() == "x"
+    (own / "thesis.tex").unlink()
+    (own / "config.json").write_text("{}")  # as a kill leaves it before the plan is written
+    import_released(tmp_path / "src", tmp_path / "out", config=model.config, tokenizer=str(TOKENIZER))
+    assert not own.exists() and not (tmp_path / "out/plan.json").exists()

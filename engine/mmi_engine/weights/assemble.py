@@ -36,7 +36,7 @@ from mmi_engine.model.config import (
     VisionConfig,
 )
 from mmi_engine.model.interleaved import MMInterleaved, Parts
-from mmi_engine.weights import parts
+from mmi_engine.weights import parts, store
 from mmi_engine.weights.find import tokenizer_file
 
 CONDITION_TOKENS = 77
@@ -113,7 +113,7 @@ def assemble_command(spec_path: Path, out: Path, notice: Notice) -> MMInterleave
     token_file = tokenizer_file(str(spec.language.get("tokenizer", folder)), "language.tokenizer")
     model = assemble(spec, notice)
     staging = out.with_name(f"{out.name}.partial")
-    shutil.rmtree(staging, ignore_errors=True)
+    store.start_anew(staging)
     try:
         save_model(model, staging)
         shutil.copyfile(token_file, staging / f"tokenizer{'.json' if token_file.suffix == '.json' else '.model'}")
