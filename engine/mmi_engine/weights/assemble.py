@@ -76,12 +76,13 @@ class Spec:
         """Read a TOML file; folders in it are relative to it.
 
         Raises:
-            ConfigError: it cannot be read, or a key is unknown or missing.
+            ConfigError: it cannot be read, a value has the wrong type, or a key is unknown or missing.
         """
         try:
             table = tomllib.loads(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-            raise ConfigError(f"{path} cannot be read: {error}", remedy="see docs/model.md for an example") from error
+            raise ConfigError(f"{path} cannot be read: {error}", remedy="see docs/model-new.md for an example") from error
+        _check_types(path, table)
         known = {entry.name for entry in dataclasses.fields(cls)}
         for where, keys, names in [("", table, known), *((k, table.get(k, {}), v) for k, v in cls.KEYS.items())]:
             if unknown := sorted(set(keys) - names):
@@ -97,6 +98,23 @@ class Spec:
                 if value is not None and (path.parent / str(value)).exists():
                     table[section][key] = str(path.parent / str(value))
         return cls(**{"name": path.stem, **table})
+
+
+_TYPES: dict[str, tuple[type, str]] = {
+    **dict.fromkeys(("vision", "language", "image", "config"), (dict, "a table")),
+    **dict.fromkeys(("name", "model", "unet", "vae", "scheduler", "tokenizer"), (str, "a string")),
+    **dict.fromkeys(("seed", "image_size", "bos", "eos", "pad"), (int, "a number of at least 0")),
+}
+
+
+def _check_types(path: Path, table: dict[str, Any], prefix: str = "") -> None:
+    """Refuse values of another type than their key's, before any part is loaded; unknown keys are not looked at."""
+    for key, value in table.items():
+        wanted, what = _TYPES.get(key, (object, ""))
+        if not isinstance(value, wanted) or (wanted is int and (isinstance(value, bool) or value < 0)):
+            raise ConfigError(f"{path}: {prefix}{key} must be {what}", remedy="see docs/model-new.md for an example")
+        if key in Spec.KEYS and not prefix:
+            _check_types(path, value, f"{key}.")
 
 
 def assemble_command(spec_path: Path, out: Path, notice: Notice) -> MMInterleaved:
