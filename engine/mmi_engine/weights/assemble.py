@@ -41,6 +41,7 @@ from mmi_engine.weights.find import tokenizer_file
 
 CONDITION_TOKENS = 77
 HEAD_WIDTH = 64
+EXAMPLE = "see docs/model-new.md for an example"
 Notice = Callable[[str], None]
 
 
@@ -81,7 +82,7 @@ class Spec:
         try:
             table = tomllib.loads(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-            raise ConfigError(f"{path} cannot be read: {error}", remedy="see docs/model-new.md for an example") from error
+            raise ConfigError(f"{path} cannot be read: {error}", remedy=EXAMPLE) from error
         _check_types(path, table)
         known = {entry.name for entry in dataclasses.fields(cls)}
         for where, keys, names in [("", table, known), *((k, table.get(k, {}), v) for k, v in cls.KEYS.items())]:
@@ -112,7 +113,7 @@ def _check_types(path: Path, table: dict[str, Any], prefix: str = "") -> None:
     for key, value in table.items():
         wanted, what = _TYPES.get(key, (object, ""))
         if not isinstance(value, wanted) or (wanted is int and (isinstance(value, bool) or value < 0)):
-            raise ConfigError(f"{path}: {prefix}{key} must be {what}", remedy="see docs/model-new.md for an example")
+            raise ConfigError(f"{path}: {prefix}{key} must be {what}", remedy=EXAMPLE)
         if key in Spec.KEYS and not prefix:
             _check_types(path, value, f"{key}.")
 
