@@ -112,9 +112,10 @@ def _check_types(path: Path, table: dict[str, Any], prefix: str = "") -> None:
     """Refuse values of another type than their key's, before any part is loaded; unknown keys are not looked at."""
     for key, value in table.items():
         wanted, what = _TYPES.get(key, (object, ""))
-        if not isinstance(value, wanted) or (wanted is int and (isinstance(value, bool) or value < 0)):
+        negative = wanted is int and isinstance(value, int) and value < 0
+        if not isinstance(value, wanted) or (wanted is int and isinstance(value, bool)) or negative:
             raise ConfigError(f"{path}: {prefix}{key} must be {what}", remedy=EXAMPLE)
-        if key in Spec.KEYS and not prefix:
+        if key in Spec.KEYS and not prefix and isinstance(value, dict):
             _check_types(path, value, f"{key}.")
 
 
@@ -125,6 +126,7 @@ def assemble_command(spec_path: Path, out: Path, notice: Notice) -> MMInterleave
         ConfigError, ModelError: see `assemble`.
         OutputError: ``out`` is there already.
     """
+    out = Path(os.path.abspath(out))  # "." has no name of its own
     if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
         raise OutputError(f"{out} is there already", remedy="choose another --out, or remove it first")
     spec = Spec.load(spec_path)

@@ -76,7 +76,7 @@ def import_released(
         ModelError: damaged, truncated, incomplete or foreign checkpoint, or no tokenizer; nothing is left behind.
         OutputError: ``out`` exists already, or the disk is too small.
     """
-    source, out = Path(source), Path(out)
+    source, out = Path(source), Path(os.path.abspath(out))  # "." has no name of its own
     with _alone(out, wait):
         if wait and kind(out) == "ours":
             return Imported(out, 0, 0, 0, 0, ())
