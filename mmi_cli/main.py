@@ -33,7 +33,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "train": ("mmi_cli.commands.train", "train", "Pre-train or fine-tune by a named recipe."),
     "eval": ("mmi_cli.commands.eval", "eval_", "Score finished results, compare runs, run benchmarks."),
     "data": ("mmi_cli.commands.data", "data", "Import, validate and make data."),
-    "model": ("mmi_cli.commands.model", "model", "Look into model directories."),
+    "model": ("mmi_cli.commands.model", "model", "Import, look into and assemble model directories."),
     "recipe": ("mmi_cli.commands.recipe", "recipe", "List, show and copy the training recipes."),
     "bench": ("mmi_cli.commands.bench", "bench", "Measure sampling kernels and generation."),
     "verify": ("mmi_cli.commands.verify", "verify", "Check the numbers of this installation."),

@@ -210,3 +210,22 @@ def test_parts_come_from_the_hubs_cache(plain, tmp_path, monkeypatch) -> None:
     assert main(["model", "new", str(plain), "--out", str(tmp_path / "local"), "-q"]) == 0
     one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "local"))
     assert all(torch.equal(one[name], other[name]) for name in other)  # new weights come from the seed
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("vision = 5", "vision must be a table"),
+        ('seed = "a"', "seed must be a number"),
+        ("seed = -1", "seed must be a number"),
+        ("config = 5", "config must be a table"),
+        ("name = 5", "name must be a string"),
+        ("[vision]\nmodel = 3", r"vision\.model must be a string"),
+        ('[vision]\nmodel = "v"\nimage_size = "224"', r"vision\.image_size must be a number"),
+        ('[language]\nmodel = "l"\nbos = true', r"language\.bos must be a number"),
+    ],
+)
+def test_values_of_another_type_are_told_before_a_part_is_loaded(tmp_path, text, told) -> None:
+    (tmp_path / "s.toml").write_text(text)
+    with pytest.raises(ConfigError, match=told):
+        Spec.load(tmp_path / "s.toml")

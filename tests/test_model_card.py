@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -127,3 +128,15 @@ def test_files_that_hold_no_scores_are_refused(tmp_path, model) -> None:
     with pytest.raises(ConfigError, match="cannot be read"):
         write_card(directory, run=tmp_path / "absent")
     assert not (directory / "README.md").exists()
+
+
+def test_a_card_written_from_inside_names_the_directory(tmp_path, model, monkeypatch) -> None:
+    monkeypatch.chdir(save_model(model, tmp_path / "my-model"))
+    assert "--model my-model --out" in write_card(Path(".")).read_text()
+
+
+def test_a_save_leaves_files_of_the_users(tmp_path, model) -> None:
+    (tmp_path / "model_before.safetensors").write_text("x")
+    (tmp_path / "model-00001-of-00002.safetensors").write_text("x")  # of a save before
+    save_model(model, tmp_path)
+    assert sorted(path.name for path in tmp_path.glob("model*")) == ["model.safetensors", "model_before.safetensors"]

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from released_layout import released_state, small_model, write_shards
+from safetensors.torch import save_file
 
 from mmi_cli.main import main
 from mmi_engine.errors import ModelError
@@ -172,3 +173,36 @@ def test_training_state_beside_the_shards_is_not_read(tmp_path, model) -> None:
     assert [shard.path for shard in list_shards(tmp_path / "src")] == found
     with pytest.raises(ModelError, match="cannot be read"):
         Shard(tmp_path / "nowhere.bin")
+
+
+@pytest.mark.parametrize("ending", ["bin", "safetensors"])
+def test_number_formats_that_cannot_be_kept_are_named(tmp_path, ending) -> None:
+    path, odd = tmp_path / f"a.{ending}", {"a": torch.zeros(4, dtype=torch.float8_e4m3fn)}
+    torch.save(odd, path) if ending == "bin" else save_file(odd, path)
+    with pytest.raises(ModelError, match=r"(?i)a\.\w+: a is stored as .*f(loat)?8_e4m3\w*, which is not supported"):
+        Shard(path).entries()
+
+
+def test_a_layout_that_cannot_be_kept_is_named(tmp_path) -> None:
+    torch.save({"a": torch.eye(3).to_sparse()}, tmp_path / "a.bin")
+    with pytest.raises(ModelError, match=r"torch\.sparse_coo, which is not supported"):
+        Shard(tmp_path / "a.bin").entries()
+
+
+def test_an_index_that_lists_numbers(tmp_path) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": 5}}')
+    with pytest.raises(ModelError, match="no index of shards"):
+        list_shards(tmp_path)
+
+
+def test_a_folder_of_the_users_is_not_taken_for_an_unfinished_import(tmp_path, model, refused, capsys) -> None:
+    shards(tmp_path, model)
+    own = tmp_path / "out.partial"
+    own.mkdir()
+    (own / "thesis.tex").write_text("x")
+    assert "thesis.tex is no part of an unfinished model" in refused(capsys)
+    assert (own / "thesis.tex").read_text() == "x"
+    (own / "thesis.tex").unlink()
+    (own / "config.json").write_text("{}")  # as a kill leaves it before the plan is written
+    import_released(tmp_path / "src", tmp_path / "out", config=model.config, tokenizer=str(TOKENIZER))
+    assert not own.exists() and not (tmp_path / "out/plan.json").exists()

@@ -191,3 +191,18 @@ def test_two_processes_convert_once(released, tmp_path) -> None:
     time = (target / "model.safetensors").stat().st_mtime_ns
     assert import_released(released, target, wait=True).tensors == 0
     assert (target / "model.safetensors").stat().st_mtime_ns == time
+
+
+@pytest.mark.parametrize("damage", ["5", '{"weight_map": 5}', '{"weight_map": {"a": 5}}', "[1]"])
+def test_a_damaged_index_or_header_is_told_without_a_traceback(tmp_path, damage) -> None:
+    folder = tmp_path / "m"
+    folder.mkdir()
+    (folder / "model.safetensors.index.json").write_text(damage)
+    assert find.kind(folder) is None and not find.complete(folder)
+    with pytest.raises(ModelError, match="holds no"):
+        locate(str(folder))
+    (folder / "model.safetensors.index.json").unlink()
+    (folder / "model.safetensors").write_bytes(len(damage).to_bytes(8, "little") + damage.encode())
+    (folder / "config.json").write_text("{}")
+    with pytest.raises(ModelError, match="no MM-Interleaved model"):
+        locate(str(folder))

@@ -260,3 +260,11 @@ def _small_tokenizer(path: Path) -> None:
     from tokenizers import Tokenizer, models
 
     Tokenizer(models.WordLevel({"<unk>": 0, "a": 1}, unk_token="<unk>")).save(str(path))
+
+
+def test_the_folder_one_stands_in_may_become_the_model(tmp_path, model, monkeypatch) -> None:
+    source = write_shards(released_state(model), tmp_path / "src")
+    (tmp_path / "m").mkdir()
+    monkeypatch.chdir(tmp_path / "m")
+    import_released(source, Path("."), config=model.config, tokenizer=str(TOKENIZER))
+    assert (tmp_path / "m/config.json").is_file() and not (tmp_path / "m.partial").exists()

@@ -165,6 +165,7 @@ def test_without_bitsandbytes_the_remedy_is_named(directory, monkeypatch, tmp_pa
     command = ["t2i", str(tmp_path / "m.jsonl"), "--out", str(tmp_path / "out"), "--model", str(directory)]
     assert main([*command, "--device", "cpu", "--llm-bits", "8", "--batch-size", "1"]) == 1
     assert "pip install" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()  # which would refuse the same command without --llm-bits
 
 
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
@@ -196,6 +197,10 @@ def test_a_run_records_the_bits_and_spreads_on_request(directory, tmp_path, caps
     fixed = ["--model", str(directory), "--device", "cpu", "--batch-size", "1", "--steps", "1", "--threads", "1"]
     assert main(["t2i", str(tmp_path / "m.jsonl"), "--out", str(tmp_path / "a"), *fixed]) == 0
     assert main(["t2i", str(tmp_path / "m.jsonl"), "--out", str(tmp_path / "b"), *fixed, "--device-map", "auto"]) == 0
+    recorded = {name: json.loads((tmp_path / name / "run.json").read_text()) for name in "ab"}
+    assert recorded["a"]["identity"] == recorded["b"]["identity"]  # it changes no output
+    assert "device_map" not in recorded["a"]["settings"]
+    assert recorded["b"]["settings"]["device_map"] == {"value": "auto", "origin": "command line"}
     assert "3 layers on cpu" in capsys.readouterr().err
     assert (tmp_path / "a/x.png").read_bytes() == (tmp_path / "b/x.png").read_bytes()
-    assert "llm_bits" not in json.loads((tmp_path / "a/run.json").read_text())["settings"]
+    assert "llm_bits" not in recorded["a"]["settings"]

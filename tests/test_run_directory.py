@@ -16,7 +16,7 @@ from test_run_kill import tree
 
 from mmi_engine.data.manifest import item_seed
 from mmi_engine.errors import OutputBusyError, OutputMismatchError
-from mmi_engine.locks import Part, PartLock, guard
+from mmi_engine.locks import Part, PartLock, guard, settle
 from mmi_engine.names import Stems, safe_stem
 from mmi_engine.tasks import StoryTask, VqaTask
 
@@ -199,3 +199,24 @@ def test_run_json_tells_settings_counts_and_timing(tmp_path):
     part = record["parts"]["1-of-1"]
     assert (part["state"], part["rows"], part["done"], part["failed"]) == ("finished", 3, 2, 1)
     assert part["seconds"] > 0 and part["peak_memory_mib"] > 0
+
+
+def test_a_kill_while_auto_is_settled_leaves_no_trace(tmp_path):
+    manifest, out, plain = write(tmp_path / "m.jsonl", *stories(2)), tmp_path / "out", tmp_path / "plain"
+    go(manifest, plain)
+    (out / ".mmi").mkdir(parents=True)
+    (out / ".mmi" / "settle").touch()  # what a process killed in `settle` leaves
+    go(manifest, out)  # with a size that needs no settling
+    assert tree(out) == tree(plain) and not (out / ".mmi").exists()
+
+
+def test_settling_goes_on_while_a_part_is_taken(tmp_path):
+    with settle(tmp_path):
+        lock = PartLock(tmp_path, Part())
+        with guard(tmp_path):
+            assert lock.acquire() == []
+            assert (tmp_path / ".mmi" / "settle").exists()  # it is held, and stays
+            lock.release()
+    with guard(tmp_path):
+        assert [path.name for path in (tmp_path / ".mmi").iterdir()] == ["guard"]
+    assert not (tmp_path / ".mmi").exists()

@@ -150,3 +150,13 @@ def test_a_recorded_step_equals_a_plain_one(made: tuple[Path, Cache]) -> None:
         task.model.zero_grad(set_to_none=True)
         found.append((float(loss.detach()), norm))
     assert found[1] == pytest.approx(found[0], rel=1e-3) and found[2] == pytest.approx(found[1], rel=1e-3)
+
+
+def test_rows_without_a_picture_to_draw_are_told(made: tuple[Path, Cache]) -> None:
+    task = make_task(made)
+    batch = task.to_device(task.train.batch(0, 2), "cpu")
+    batch.inputs = dataclasses.replace(batch.inputs, image_loss_mask=torch.zeros_like(batch.inputs.image_loss_mask))
+    kept = Kept(task.model.eval(), torch.float32)
+    kept.add(batch, 0.0)
+    with pytest.raises(ConfigError, match=r"data\.mixture: no row has a picture to draw"):
+        kept.close()

@@ -100,6 +100,10 @@ class ModelEngine:
         self.input_side = max(self.image_size, config.vision.image_size)
         before = recorded.get("settings", {})
         self._device = self._resolve_device(before.get("device"))
+        if self.choices.llm_bits:
+            from mmi_engine.weights.quantize import require
+
+            require(self.choices.device_map)
         kind = self._device.split(":")[0]
         same = before if before.get("device") == kind else {}
         dtype = self._resolve_dtype(kind, same.get("dtype"))
@@ -171,6 +175,8 @@ class ModelEngine:
             name: {"value": value, "origin": chosen.get(name, self._default_of(name))}
             for name, value in self.resolved.items()
         }
+        if self.choices.device_map:
+            settings["device_map"] = {"value": self.choices.device_map, "origin": chosen.get("device_map", "default")}
         rows = together(self.batch_size, self._unit)
         settings["rows_together"] = {"value": rows, "origin": "batch_size and threads"}
         return {"model": self.choices.model, "settings": settings, "versions": versions.versions()}

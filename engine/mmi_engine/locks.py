@@ -21,6 +21,7 @@ from typing import IO
 from mmi_engine.errors import OutputBusyError, UsageError
 
 STATE_DIR = ".mmi"  # exists only while a run is at work or after it was killed
+SETTLE = "settle"
 
 
 @dataclass(frozen=True)
@@ -133,13 +134,13 @@ def guard(directory: Path) -> Iterator[None]:
 def settle(directory: Path) -> Iterator[None]:
     """Held while a run decides what ``auto`` comes to. Waits for its turn."""
     state = directory / STATE_DIR
-    handle = _open_locked(state / "settle", wait=True)
+    handle = _open_locked(state / SETTLE, wait=True)
     assert handle is not None
     try:
         yield
     finally:
         with contextlib.suppress(OSError):
-            (state / "settle").unlink()
+            (state / SETTLE).unlink()
             state.rmdir()  # where nothing else is at work
         handle.close()
 
@@ -169,6 +170,7 @@ class PartLock:
                     f"another run works on {'this directory' if label == '1-of-1' else 'part ' + label}",
                     remedy="wait for it, stop it, or choose another --out",
                 )
+        _remove_leftover(self._path.with_name(SETTLE))
         self._handle = _open_locked(self._path, wait=False)
         if self._handle is None:
             raise OutputBusyError("another run has just started here", remedy="wait for it, or choose another --out")
@@ -184,14 +186,18 @@ class PartLock:
 
 def live_parts(directory: Path) -> list[str]:
     """Labels of the parts that running processes hold; locks nobody holds are removed. Call under the guard."""
-    live = []
-    for path in sorted((directory / STATE_DIR).glob("lock-*")):
-        try:
-            with path.open("ab") as handle:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                path.unlink(missing_ok=True)
-        except BlockingIOError:
-            live.append(path.name.removeprefix("lock-"))
-        except FileNotFoundError:
-            continue
-    return live
+    found = sorted((directory / STATE_DIR).glob("lock-*"))
+    return [path.name.removeprefix("lock-") for path in found if not _remove_leftover(path)]
+
+
+def _remove_leftover(path: Path) -> bool:
+    """Remove a lock file that nobody holds; False where a process does."""
+    try:
+        with path.open("rb") as handle:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink(missing_ok=True)
+    except BlockingIOError:
+        return False
+    except FileNotFoundError:
+        pass
+    return True

@@ -144,7 +144,7 @@ def _show_needs(needs: dict[str, Need]) -> None:
 def new(spec: str, out: str) -> None:
     """Assemble a trainable model from a vision trunk, a language model, and a U-Net with its VAE.
 
-    CONFIG is a TOML file that names the parts, folders or hub ids; docs/model.md has an example.
+    CONFIG is a TOML file that names the parts, folders or hub ids; docs/model-new.md has an example.
     """
     from mmi_engine.weights.assemble import assemble_command
 

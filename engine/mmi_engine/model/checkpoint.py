@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from mmi_engine.errors import BackendError, ModelError
+from mmi_engine.errors import ModelError
 from mmi_engine.model.config import ModelConfig
 from mmi_engine.model.interleaved import MMInterleaved
 from mmi_engine.model.tokenizer import DirectoryTokenizer
@@ -102,8 +102,7 @@ def load_model(
     tokenizer = fitting_tokenizer(directory, config)
     spread = placement.auto(model, dtype, str(device)) if device_map == "auto" else device_map
     if llm_bits is not None:
-        if spread is not None:
-            raise BackendError("a quantised language model stays on one device", remedy="leave out --device-map")
+        quantize.require(spread)
         quantize.replace_linears(model, llm_bits, dtype)
     if spread is None:
         fill(model, files, lambda _: torch.device(device), dtype, llm_bits)

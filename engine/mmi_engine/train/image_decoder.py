@@ -100,7 +100,11 @@ class Kept:
         self.images, self.rows = self.images + len(inputs.images), self.rows + len(hidden)
 
     def close(self) -> None:
-        """Join what was added and sort the pictures into seeing and blind ones."""
+        """Join what was added and sort the pictures into seeing and blind ones.
+
+        Raises:
+            ConfigError: there is no picture to learn from.
+        """
         length = max(part.shape[1] for part in self.hidden)
         padded = [nn.functional.pad(part, (0, 0, 0, length - part.shape[1])) for part in self.hidden]
         self.states = torch.cat(padded)  # (rows, T, d)
@@ -109,6 +113,10 @@ class Kept:
         self.row, self.end, self.length, self.image, self.before, self.visible = (
             torch.cat(column) for column in zip(*self.records, strict=True)
         )
+        if not len(self.row):
+            raise ConfigError(
+                "data.mixture: no row has a picture to draw", remedy="mix in story, t2i or seg2img, or keep more rows"
+            )
         sees = self.visible.any(dim=1)
         self.seeing, self.blind = sees.nonzero().squeeze(1), (~sees).nonzero().squeeze(1)
         self.hidden, self.features, self.latents, self.records = [], [], [], []

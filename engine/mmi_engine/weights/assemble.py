@@ -36,11 +36,12 @@ from mmi_engine.model.config import (
     VisionConfig,
 )
 from mmi_engine.model.interleaved import MMInterleaved, Parts
-from mmi_engine.weights import parts
+from mmi_engine.weights import parts, store
 from mmi_engine.weights.find import tokenizer_file
 
 CONDITION_TOKENS = 77
 HEAD_WIDTH = 64
+EXAMPLE = "see docs/model-new.md for an example"
 Notice = Callable[[str], None]
 
 
@@ -76,12 +77,13 @@ class Spec:
         """Read a TOML file; folders in it are relative to it.
 
         Raises:
-            ConfigError: it cannot be read, or a key is unknown or missing.
+            ConfigError: it cannot be read, a value has the wrong type, or a key is unknown or missing.
         """
         try:
             table = tomllib.loads(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-            raise ConfigError(f"{path} cannot be read: {error}", remedy="see docs/model.md for an example") from error
+            raise ConfigError(f"{path} cannot be read: {error}", remedy=EXAMPLE) from error
+        _check_types(path, table)
         known = {entry.name for entry in dataclasses.fields(cls)}
         for where, keys, names in [("", table, known), *((k, table.get(k, {}), v) for k, v in cls.KEYS.items())]:
             if unknown := sorted(set(keys) - names):
@@ -99,6 +101,24 @@ class Spec:
         return cls(**{"name": path.stem, **table})
 
 
+_TYPES: dict[str, tuple[type, str]] = {
+    **dict.fromkeys(("vision", "language", "image", "config"), (dict, "a table")),
+    **dict.fromkeys(("name", "model", "unet", "vae", "scheduler", "tokenizer"), (str, "a string")),
+    **dict.fromkeys(("seed", "image_size", "bos", "eos", "pad"), (int, "a number of at least 0")),
+}
+
+
+def _check_types(path: Path, table: dict[str, Any], prefix: str = "") -> None:
+    """Refuse values of another type than their key's, before any part is loaded; unknown keys are not looked at."""
+    for key, value in table.items():
+        wanted, what = _TYPES.get(key, (object, ""))
+        negative = wanted is int and isinstance(value, int) and value < 0
+        if not isinstance(value, wanted) or (wanted is int and isinstance(value, bool)) or negative:
+            raise ConfigError(f"{path}: {prefix}{key} must be {what}", remedy=EXAMPLE)
+        if key in Spec.KEYS and not prefix and isinstance(value, dict):
+            _check_types(path, value, f"{key}.")
+
+
 def assemble_command(spec_path: Path, out: Path, notice: Notice) -> MMInterleaved:
     """``mmi model new``: assemble and write; ``out`` appears complete or not at all.
 
@@ -106,6 +126,7 @@ def assemble_command(spec_path: Path, out: Path, notice: Notice) -> MMInterleave
         ConfigError, ModelError: see `assemble`.
         OutputError: ``out`` is there already.
     """
+    out = Path(os.path.abspath(out))  # "." has no name of its own
     if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
         raise OutputError(f"{out} is there already", remedy="choose another --out, or remove it first")
     spec = Spec.load(spec_path)
@@ -113,7 +134,7 @@ def assemble_command(spec_path: Path, out: Path, notice: Notice) -> MMInterleave
     token_file = tokenizer_file(str(spec.language.get("tokenizer", folder)), "language.tokenizer")
     model = assemble(spec, notice)
     staging = out.with_name(f"{out.name}.partial")
-    shutil.rmtree(staging, ignore_errors=True)
+    store.start_anew(staging)
     try:
         save_model(model, staging)
         shutil.copyfile(token_file, staging / f"tokenizer{'.json' if token_file.suffix == '.json' else '.model'}")

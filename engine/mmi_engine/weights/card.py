@@ -50,7 +50,7 @@ def write_card(
         f"# {info.name}\n",
         about or _what(info),
         _sizes(info),
-        _use(directory.name),
+        _use(directory.resolve().name),
         _training(recipe),
         _results(scores),
     ]

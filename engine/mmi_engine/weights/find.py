@@ -56,7 +56,7 @@ def describes_ours(directory: Path) -> bool:
 def _tensor_names(directory: Path) -> list[str]:
     """Names of an index or of the first safetensors file."""
     for index in sorted(directory.glob("*.index.json")):
-        return list(_json(index).get("weight_map", {}))
+        return list(_weight_map(index))
     for path in sorted(directory.glob("*.safetensors")):
         return _header_names(path)
     return []
@@ -138,7 +138,7 @@ def _weights_folder(snapshot: Path) -> Path:
 def complete(directory: Path) -> bool:
     """Whether all weight files that the directory's index lists are there; without one, whether there is any."""
     for index in sorted(directory.glob("*.index.json")):
-        names = set(_json(index).get("weight_map", {}).values())
+        names = set(_weight_map(index).values())
         return bool(names) and all((directory / name).is_file() for name in names)
     return any(any(directory.glob(f"*{ending}")) for ending in (".safetensors", ".bin"))
 
@@ -199,10 +199,18 @@ def _json(path: Path) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
+def _weight_map(index: Path) -> dict[str, str]:
+    """Tensor name → file of an index, empty when it is damaged."""
+    table = _json(index).get("weight_map")
+    sound = isinstance(table, dict) and all(isinstance(file, str) for file in table.values())
+    return table if sound and table is not None else {}
+
+
 def _header_names(path: Path) -> list[str]:
     try:
         with path.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
-            return list(json.loads(stream.read(length))) if length <= 100 * 2**20 else []
+            header = json.loads(stream.read(length)) if length <= 100 * 2**20 else {}
+            return list(header) if isinstance(header, dict) else []
     except (OSError, ValueError):
         return []

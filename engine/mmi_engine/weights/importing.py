@@ -76,7 +76,7 @@ def import_released(
         ModelError: damaged, truncated, incomplete or foreign checkpoint, or no tokenizer; nothing is left behind.
         OutputError: ``out`` exists already, or the disk is too small.
     """
-    source, out = Path(source), Path(out)
+    source, out = Path(source), Path(os.path.abspath(out))  # "." has no name of its own
     with _alone(out, wait):
         if wait and kind(out) == "ours":
             return Imported(out, 0, 0, 0, 0, ())
@@ -90,6 +90,8 @@ def import_released(
         files = store.split([_planned(place, dtype) for place in match.placed], shard_bytes)
         staging = out.with_name(f"{out.name}.partial")
         plan = _plan(match, files, config, token_file)
+        if not (staging / PLAN).is_file():
+            store.start_anew(staging, besides=[f"{PLAN}.partial"])
         resumed = (staging / PLAN).is_file() and (staging / PLAN).read_text(encoding="utf-8") == plan
         _require_space(out.parent, sum(file.bytes for file in files), staging if resumed else None)
         try:

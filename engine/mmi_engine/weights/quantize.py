@@ -39,6 +39,20 @@ def library() -> Any:
     return bitsandbytes
 
 
+def require(device_map: object) -> None:
+    """Find out before any work that a language model can be quantised here.
+
+    Args:
+        device_map: where its layers would go; it stays on one device.
+
+    Raises:
+        BackendError: its layers are to be spread, or see :func:`library`.
+    """
+    if device_map is not None:
+        raise BackendError("a quantised language model stays on one device", remedy="leave out --device-map")
+    library()
+
+
 def replace_linears(model: nn.Module, bits: int, dtype: torch.dtype) -> list[str]:
     """Put quantised linear maps without memory into the decoder layers.
 

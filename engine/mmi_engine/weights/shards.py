@@ -73,8 +73,22 @@ class Shard:
         if self.safe:
             with self._safetensors() as file:
                 slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-                return {k: Entry(tuple(s.get_shape()), _DTYPES[s.get_dtype()]) for k, s in slices.items()}
-        return {name: Entry(tuple(tensor.shape), tensor.dtype) for name, tensor in self._unpickle().items()}
+                read = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
+            return {name: Entry(shape, self._known(name, dtype)) for name, (shape, dtype) in read.items()}
+        return {
+            name: Entry(tuple(tensor.shape), self._known(name, tensor.dtype, tensor.layout))
+            for name, tensor in self._unpickle().items()
+        }
+
+    def _known(self, name: str, dtype: str | torch.dtype, layout: torch.layout = torch.strided) -> torch.dtype:
+        found = _DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+        if found is None or layout != torch.strided or found not in _DTYPES.values():
+            raise ModelError(
+                f"{self.path}: {name} is stored as {dtype}{'' if layout == torch.strided else f', {layout}'}, which is "
+                "not supported",
+                remedy="use shards in fp32, fp16 or bf16",
+            )
+        return found
 
     @contextmanager
     def opened(self) -> Iterator[Any]:
@@ -164,7 +178,8 @@ def list_shards(source: Path) -> list[Shard]:
 
 def _indexed(index: Path) -> list[Path]:
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        names = sorted({str(Path(name)) for name in listed})
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise ModelError(f"{index} is no index of shards: {error}", remedy=FETCH_AGAIN) from error
     if any(Path(name).name != name for name in names):

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +18,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mmi_engine.errors import OutputError
+
 SHARD_BYTES = 5 * 10**9
 INDEX = "model.safetensors.index.json"
+_OWN = re.compile(r"model(-\d{5,}-of-\d{5,})?\.safetensors|" + re.escape(INDEX))
 _NAMES = {
     **{torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"},
     **{torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8"},
@@ -155,9 +160,32 @@ def write_text(path: Path, text: str) -> None:
     os.replace(partial, path)
 
 
+def start_anew(staging: Path, *, besides: Iterable[str] = ()) -> None:
+    """Remove the folder that an earlier attempt left half-written.
+
+    Args:
+        staging: the folder.
+        besides: names that may stand in it beside those of a model directory.
+
+    Raises:
+        OutputError: it holds something else, which is the user's.
+    """
+    if not staging.exists():
+        return
+    own = {"config.json", "tokenizer.json", "tokenizer.model", *besides}
+    names = [path.name for path in staging.iterdir()] if staging.is_dir() else [staging.name]
+    for name in names:
+        if name not in own and not _OWN.fullmatch(name.removesuffix(".partial")):
+            raise OutputError(
+                f"{staging} is in the way: {name} is no part of an unfinished model",
+                remedy="move it, or choose another --out",
+            )
+    shutil.rmtree(staging)
+
+
 def clean(files: list[File], directory: Path) -> None:
     """Remove weight files of an earlier save that the present one did not replace."""
     kept = {file.name for file in files} | ({INDEX} if len(files) > 1 else set())
-    for path in [*directory.glob("model*.safetensors"), directory / INDEX]:
-        if path.name not in kept:
-            path.unlink(missing_ok=True)
+    for path in directory.iterdir():
+        if _OWN.fullmatch(path.name) and path.name not in kept:
+            path.unlink()
