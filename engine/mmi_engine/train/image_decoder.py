@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -212,13 +213,14 @@ class ImageDecoderTask(InterleavedTask):
             parameter.requires_grad_(not name.startswith("codec.") and not name.endswith("ignore_token"))
         self.dtype = DTYPES[recipe.loop.precision]
         self.module = ImageDecoderObjective(self.model, recipe.loss.noise_repeats, self.dtype, recipe.loop.cuda_graph)
+        self.processes = PartialState().num_processes
         self.turn = -1
         self.kept: Kept | None = None
 
     def batch(self, index: int) -> Choice:  # type: ignore[override]
         """Which pictures micro-batch ``index`` learns from."""
         loop, data = self.recipe.loop, self.recipe.data
-        turn = index // (data.kept_steps * loop.accumulate)
+        turn = index // self.processes // (data.kept_steps * loop.accumulate)
         rng = np.random.default_rng((self.recipe.seed, index, 2))
         return Choice(turn, rng.random(loop.batch_size))
 
