@@ -99,7 +99,7 @@ def share_environment(command: click.Command) -> None:
     cls=LazyGroup,
     table=COMMANDS,
     context_settings={**SETTINGS, "auto_envvar_prefix": "MMI"},
-    epilog="Try: mmi story examples/story.jsonl --out out/   ·   every command: mmi COMMAND --help",
+    epilog="\b\nTry: mmi story examples/story.jsonl --out out/\nEvery command: mmi COMMAND --help",
 )
 @click.version_option(__version__, "--version", prog_name="mmi")
 def cli() -> None:
