@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import os
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -31,8 +28,13 @@ def few_threads() -> None:
     torch.set_num_threads(min(2, torch.get_num_threads()))
 
 
+FORKING = ("test_run_directory.py", "test_run_kill.py", "test_train_data.py", "test_train_packing.py")
+"""Their tests fork this very process, which cannot be done once its heap has grown beyond the machine's memory."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what is marked `gpu` where there is no CUDA device, saying so."""
+    """Tests that fork come first; skip what is marked `gpu` where there is no CUDA device, saying so."""
+    items.sort(key=lambda item: item.path.name not in FORKING)  # stable: the order is otherwise kept
     if not any(item.get_closest_marker("gpu") for item in items):
         return
     import torch
@@ -55,11 +57,3 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         for name, value in report.user_properties if report.when == "call" else ():
             if name == "registers":
                 terminalreporter.write_line(f"ptxas sm_90: {value}")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def freed_memory_goes_back() -> Iterator[None]:
-    """After each file. Code under test tells glibc to keep freed blocks; a heap larger than the machine cannot fork."""
-    yield
-    with contextlib.suppress(OSError, AttributeError):  # another C library
-        ctypes.CDLL(None).malloc_trim(0)
