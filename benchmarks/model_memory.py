@@ -75,7 +75,7 @@ def make(size: str, folder: Path) -> None:
     torch.manual_seed(0)
     model = MMInterleaved(config)
     model.tokenizer = DirectoryTokenizer(PATH.parent)
-    save_model(model, folder)
+    save_model(model, folder, dtype=torch.float16)  # loaded in fp32: memory of the process, not pages of the file
 
 
 CHILD = """

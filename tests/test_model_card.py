@@ -130,6 +130,20 @@ def test_files_that_hold_no_scores_are_refused(tmp_path, model) -> None:
     assert not (directory / "README.md").exists()
 
 
+def test_a_card_changed_by_hand_is_left_alone(tmp_path, model, capsys) -> None:
+    directory = save_model(model, tmp_path / "m")
+    card, command = directory / "README.md", ["model", "card", str(directory)]
+    assert main(command) == 0 and main([*command, "--license", "mit"]) == 0  # its own is written anew
+    own = card.read_text().replace("# tiny", "# My thesis")
+    for text in (own, "# Notes\n", ""):
+        card.write_text(text)
+        assert main(command) == 1 and card.read_text() == text
+    assert "changed by hand" in capsys.readouterr().err
+    card.write_bytes(b"\xff")
+    assert main(command) == 1 and card.read_bytes() == b"\xff"
+    assert main([*command, "--overwrite"]) == 0 and main(command) == 0 and "# tiny" in card.read_text()
+
+
 def test_a_card_written_from_inside_names_the_directory(tmp_path, model, monkeypatch) -> None:
     monkeypatch.chdir(save_model(model, tmp_path / "my-model"))
     assert "--model my-model --out" in write_card(Path(".")).read_text()

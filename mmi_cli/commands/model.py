@@ -42,7 +42,19 @@ def model() -> None:
     help="Pixels of the pictures it reads; 448 resizes the position table.",
 )
 @click.option("--config", "config_file", metavar="FILE", help="config.json, where the sizes are not the released ones.")
-@click.option("--base", "bases", metavar="DIR", multiple=True, help="Base model for what SRC lacks; may be repeated.")
+@click.option(
+    "--base",
+    "bases",
+    metavar="B",
+    multiple=True,
+    help="Base model for what SRC lacks: a LLaMA, CLIP or diffusion folder, or a hub id; may be repeated.",
+)
+@click.option(
+    "--new-rows",
+    type=click.Choice(["mean"]),
+    help="Where SRC and the base language model lack the embeddings of the two new tokens, begin them as the mean of "
+    "the others.  [default: refuse]",
+)
 @message_options
 def import_(
     source: str,
@@ -52,6 +64,7 @@ def import_(
     image_size: str,
     config_file: str | None,
     bases: tuple[str, ...],
+    new_rows: str | None,
 ) -> None:
     """Convert the released checkpoint SRC to a model directory.
 
@@ -70,10 +83,13 @@ def import_(
             image_size=int(image_size),
             config_file=config_file,
             bases=bases,
+            new_rows=new_rows,
             progress=progress,
         )
     for name in done.dropped:
         terminal.notice(f"{name} is not needed and was left out")
+    for name, how in done.made.items():
+        terminal.notice(f"{name}: {how}")
     again = f", {done.resumed} of {done.files} files from before" if done.resumed else ""
     terminal.notice(f"{done.tensors} tensors, {done.bytes / 1e9:.2f} GB → {done.directory}{again}")
 
@@ -161,11 +177,21 @@ def new(spec: str, out: str) -> None:
 @click.option("--license", "license_", metavar="ID", help="Licence, as the hub names it, e.g. apache-2.0.")
 @click.option("--base-model", "bases", metavar="ID", multiple=True, help="Hub id it was made from; repeatable.")
 @click.option("--about", metavar="TEXT", help="A sentence or two in your own words.")
+@click.option("--overwrite", is_flag=True, help="Replace a README.md that was written or changed by hand.")
 @message_options
 def card(
-    directory: str, run: str | None, metrics: tuple[str, ...], license_: str | None, bases: tuple[str, ...], about: str
+    directory: str,
+    run: str | None,
+    metrics: tuple[str, ...],
+    license_: str | None,
+    bases: tuple[str, ...],
+    about: str | None,
+    overwrite: bool,
 ) -> None:
-    """Write the model card (README.md) of the model directory DIR, before it is uploaded."""
+    """Write the model card (README.md) of the model directory DIR, before it is uploaded.
+
+    A card that this command wrote is written anew; one that was changed by hand is left alone.
+    """
     from mmi_engine.weights.card import write_card
 
     path = write_card(
@@ -175,5 +201,6 @@ def card(
         license_=license_,
         bases=bases,
         about=about,
+        overwrite=overwrite,
     )
     console.current().notice(f"→ {path}")

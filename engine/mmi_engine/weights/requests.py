@@ -31,6 +31,7 @@ def import_command(
     image_size: int = 224,
     config_file: str | None = None,
     bases: tuple[str, ...] = (),
+    new_rows: str | None = None,
     progress: Progress | None = None,
 ) -> Imported:
     """``mmi model import``.
@@ -39,6 +40,8 @@ def import_command(
         source: folder, file or hub id.
         image_size: 224 or 448, pixels of the pictures that the released model reads.
         config_file: ``config.json`` that replaces the built-in description.
+        bases: folders or hub ids of base models.
+        new_rows: see `importing.import_released`.
 
     Raises:
         ModelError, OutputError: see `importing.import_released`.
@@ -63,6 +66,7 @@ def import_command(
         tokenizer=tokenizer,
         config=config,
         bases=tuple(Path(base) if Path(base).is_dir() else from_hub(base) for base in bases),
+        new_rows=new_rows,
         progress=progress,
     )
 
