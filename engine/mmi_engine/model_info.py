@@ -24,10 +24,8 @@ from mmi_engine.weights.find import cache_root, find, kind
 if TYPE_CHECKING:
     from mmi_engine.model.config import ModelConfig
 
-DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 KEPT_BYTES = 2**28  # smaller models are hashed in less than a second
 CLOCK_TICK_S = 2.0  # no file system's times are coarser
-WORKING_MEMORY = 1.25  # activations and caches of small batches, as a factor on the weights
 
 
 @dataclass(frozen=True)
@@ -57,8 +55,10 @@ class ModelInfo:
     config: ModelConfig
 
     def memory_bytes(self, dtype: str) -> int:
-        """Rough need in bytes for inference with small batches in ``fp32``, ``bf16`` or ``fp16``."""
-        return int(self.parameters * DTYPE_BYTES[dtype] * WORKING_MEMORY)
+        """Need in bytes of one sequence with a full context in ``fp32``, ``bf16`` or ``fp16``."""
+        from mmi_engine.weights.estimate import need
+
+        return need(self.config, self.parameters, dtype).total
 
 
 def locate(name: str, *, convert: bool = True) -> Path:

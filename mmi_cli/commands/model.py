@@ -100,13 +100,13 @@ def import_(
 @message_options
 def info(name: str, as_json: bool) -> None:
     """Parts, size and memory of the model M (toon, a directory, or a hub id), and on which devices here it fits."""
-    from mmi_engine.model_info import DTYPE_BYTES, describe
-    from mmi_engine.weights.estimate import devices, fits, need
+    from mmi_engine.model_info import describe
+    from mmi_engine.weights.estimate import DTYPE_BYTES, devices, fits, need
 
     found = describe(name)
     needs = {dtype: need(found.config, found.parameters, dtype) for dtype in DTYPE_BYTES}
     here = fits(found.config, found.parameters, devices())
-    memory = {dtype: found.memory_bytes(dtype) for dtype in DTYPE_BYTES}
+    memory = {dtype: entry.total for dtype, entry in needs.items()}
     terminal = console.current()
     if as_json:
         terminal.json(
