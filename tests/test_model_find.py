@@ -21,6 +21,7 @@ from mmi_engine.model.checkpoint import load_model, save_model
 from mmi_engine.model_info import describe, family, fingerprint, locate
 from mmi_engine.toon.tokenizer import PATH as TOKENIZER
 from mmi_engine.weights import find, store
+from mmi_engine.weights.requests import base_folder
 
 COMMIT = "0" * 39 + "1"
 
@@ -175,6 +176,17 @@ def test_missing_weights_are_never_replaced(ours, tmp_path) -> None:
     sorted(sharded.glob("model-*.safetensors"))[0].unlink()
     with pytest.raises(ModelError, match="tensors missing"):
         load_model(sharded)
+
+
+def test_base_models_come_from_the_cache_without_a_network(hub, tmp_path) -> None:
+    for name in ("sd/unet/diffusion_pytorch_model.safetensors", "llama/model.safetensors"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_bytes((2).to_bytes(8, "little") + b"{}")
+    for name in ("sd", "llama"):
+        snapshot = hub(f"lab/{name}", tmp_path / name)
+        assert base_folder(f"lab/{name}").samefile(snapshot) and base_folder(str(tmp_path / name)) == tmp_path / name
+    with pytest.raises(ModelError, match='base model "lab/none" is no directory'):
+        base_folder("lab/none")
 
 
 def test_the_command_imports_a_hub_id(hub, released, tmp_path, capsys) -> None:

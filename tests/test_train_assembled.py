@@ -8,11 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny import tiny_model
 from tiny_parts import COMBINATIONS, make_parts
-from train_rows import manifest
+from train_rows import manifest, recipe_of
 
 from mmi_cli.main import main
-from mmi_engine.model.checkpoint import load_model
+from mmi_engine.model.checkpoint import load_model, save_model
+from mmi_engine.train import foundation
+from mmi_engine.weights import store
 
 FROZEN = ("visual_tokenizer.trunk.", "text_head.head.", "image_decoder.codec.")
 MOVED = (".cross.gate", "zero_conv", "project_out", "boi_embedding")
@@ -42,3 +45,20 @@ def test_two_steps_of_pretraining(families, rows, tmp_path) -> None:
         assert any(part in name for name in moved), part
     assert not any(name.startswith(FROZEN) for name in moved)
     assert load_model(run / "model").config == load_model(model).config
+
+
+@pytest.mark.parametrize("image", [0.0, 1.0])
+def test_a_base_in_several_files_is_read_and_written_whole(tmp_path, monkeypatch, image) -> None:
+    model = tiny_model()
+    base = save_model(model, tmp_path / "base", shard_bytes=40_000)
+    assert len(list(base.glob("*.safetensors"))) > 3
+    found = foundation.load(recipe_of(tmp_path, base, tmp_path / "rows.jsonl", image=image).recipe)
+    own, state = model.state_dict(), found.model.state_dict()
+    assert all(torch.equal(value, own[name]) for name, value in state.items())
+    assert any(name.startswith("image_decoder.") for name in state) == bool(image)
+    monkeypatch.setattr(store.split, "__defaults__", (50_000,))
+    foundation.export(found, state, tmp_path / "out", torch.float16)
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
+    written = load_model(tmp_path / "out").state_dict()
+    assert written.keys() == own.keys()
+    assert all(torch.equal(written[name], value.half().float()) for name, value in own.items())

@@ -13,6 +13,28 @@ from mmi_cli.options import SETTINGS, message_options
 if TYPE_CHECKING:
     from mmi_engine.weights.estimate import Need
 
+NEW_EXAMPLE = """
+\b
+Example, parts.toml:
+  [vision]
+  model = "openai/clip-vit-large-patch14"
+  [language]
+  model = "Qwen/Qwen2.5-0.5B-Instruct"
+  [image]
+  model = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+
+\b
+  mmi model new parts.toml --out my-model
+  mmi train --recipe pretrain --model my-model --data laion2b=pairs.jsonl --out run \\
+    data.encoder_px=0 data.decoder_px=0
+"""
+CARD_EXAMPLE = """
+\b
+Example:
+  mmi model card my-model --run runs/pretrain --license apache-2.0
+  hf upload USER/my-model my-model .
+"""
+
 
 @click.group("model", context_settings=SETTINGS)
 def model() -> None:
@@ -153,14 +175,16 @@ def _show_needs(needs: dict[str, Need]) -> None:
     terminal.out(f"total: one sequence of {full.tokens} tokens with {full.images} images\n")
 
 
-@model.command("new", context_settings=SETTINGS, epilog="Example:\n\n  mmi model new parts.toml --out my-model")
+@model.command("new", context_settings=SETTINGS, epilog=NEW_EXAMPLE)
 @click.argument("spec", metavar="CONFIG")
 @click.option("--out", metavar="DIR", required=True, help="The model directory to make.")
 @message_options
 def new(spec: str, out: str) -> None:
     """Assemble a trainable model from a vision trunk, a language model, and a U-Net with its VAE.
 
-    CONFIG is a TOML file that names the parts, folders or hub ids; docs/model-new.md has an example.
+    CONFIG is a TOML file that names the parts, folders or hub ids. What lies between them is new and starts as in
+    the paper; the parts compute what they computed before. Trunks: CLIP, SigLIP, ViT, DINOv2; language models: Llama,
+    Mistral, Qwen 2, Qwen 3; U-Nets: Stable Diffusion 1.x and 2.x.
     """
     from mmi_engine.weights.assemble import assemble_command
 
@@ -170,7 +194,7 @@ def new(spec: str, out: str) -> None:
     terminal.notice(f"{made.config.name}, {count:,} parameters → {out}")
 
 
-@model.command("card", context_settings=SETTINGS, epilog="Example:\n\n  mmi model card my-model --run runs/pretrain")
+@model.command("card", context_settings=SETTINGS, epilog=CARD_EXAMPLE)
 @click.argument("directory", metavar="DIR")
 @click.option("--run", metavar="RUN", help="The training's run directory, for its recipe.")
 @click.option("--metrics", metavar="FILE", multiple=True, help="metrics.json of mmi eval, or its folder; repeatable.")
