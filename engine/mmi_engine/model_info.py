@@ -127,7 +127,7 @@ def fingerprint(directory: Path) -> str:
         if large and _settled(files) and _state(files) == state:
             _keep(kept, digest.hexdigest())
     except OSError as error:
-        raise ModelError(f"{error.filename} cannot be read: {error.strerror}") from error
+        raise ModelError(f"{error.filename or directory} cannot be read: {error.strerror}") from error
     return digest.hexdigest()
 
 

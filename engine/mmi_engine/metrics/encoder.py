@@ -48,7 +48,7 @@ class EncoderFeatures:
             d_llm = int(config.language.transformers["hidden_size"])
             self.network = VisualTokenizer(config.vision, QFormer(config.visual_resampler), d_llm)
         try:
-            tensors = {}
+            tensors: dict[str, Tensor] = {}
             for path in weight_files(directory):
                 with safe_open(path, framework="pt") as file:
                     names = [name for name in file.keys() if name.startswith(PREFIX)]  # noqa: SIM118
