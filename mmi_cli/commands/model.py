@@ -168,7 +168,7 @@ def _show_needs(needs: dict[str, Need]) -> None:
         (dtype, *(f"{getattr(entry, name) / 2**20:,.{count}f}" for name, count in digits.items()))
         for dtype, entry in needs.items()
     ]
-    head = ("MiB in", "weights", "cache per token", "per image read", "per picture drawn", "largest step", "total")
+    head = ("MiB in", "weights", "cache per token", "per image read", "per picture drawn", "step, libraries", "total")
     terminal.out("")
     terminal.table(rows, header=head)
     full = needs["bf16"]

@@ -239,7 +239,9 @@ def require_complete(result: Match, source: Path) -> None:
     if report.clean:
         return
     absent = [what for what, prefix in SUBMODELS.items() if any(n.startswith(prefix) for n in report.missing)]
-    if not result.placed:
+    if "boi_embedding" in report.unexpected:  # our name of soi_token
+        remedy = "it is a model directory already: name it by --model"
+    elif not result.placed:
         remedy = "give the folder of a released MM-Interleaved checkpoint; mmi model new assembles models from parts"
     elif report.unexpected or report.mismatched:
         remedy = "it is a checkpoint of another layout: describe it by --config, or --image-size for its input"
