@@ -13,8 +13,10 @@ from tiny_parts import COMBINATIONS, make_parts
 from train_rows import manifest, recipe_of
 
 from mmi_cli.main import main
+from mmi_engine.errors import ConfigError
 from mmi_engine.model.checkpoint import load_model, save_model
 from mmi_engine.train import foundation
+from mmi_engine.train.loader import stream
 from mmi_engine.weights import store
 
 FROZEN = ("visual_tokenizer.trunk.", "text_head.head.", "image_decoder.codec.")
@@ -62,3 +64,11 @@ def test_a_base_in_several_files_is_read_and_written_whole(tmp_path, monkeypatch
     written = load_model(tmp_path / "out").state_dict()
     assert written.keys() == own.keys()
     assert all(torch.equal(written[name], value.half().float()) for name, value in own.items())
+
+
+def test_an_error_in_a_process_that_builds_batches_is_told_as_it_is() -> None:
+    def make(index: int) -> None:
+        raise ConfigError(f"no row {index}", remedy="look at it")
+
+    with pytest.raises(ConfigError, match="^no row 5; look at it$"):
+        list(stream(make, [5], workers=1, pin=False))
