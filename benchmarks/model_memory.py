@@ -75,7 +75,7 @@ def make(size: str, folder: Path) -> None:
     torch.manual_seed(0)
     model = MMInterleaved(config)
     model.tokenizer = DirectoryTokenizer(PATH.parent)
-    save_model(model, folder)
+    save_model(model, folder, dtype=torch.float16)  # loaded in fp32: memory of the process, not pages of the file
 
 
 CHILD = """
@@ -105,9 +105,8 @@ pieces = [Piece("text", "Pip is on the beach near a ball."), Piece("image", pict
 fill(model, [[*pieces, Piece("image", None)]], [0], Settings(steps=2, guidance=2.0), 1)
 peak = status("VmHWM") - before
 count = sum(value.numel() for value in model.state_dict().values())
-needed = need(config, count, "fp32")
-tokens = images * (config.tokens_per_image + 11)
-context = tokens * needed.cache_per_token + images * needed.per_image + needed.per_picture
+needed = need(config, count, "fp32", tokens=images * (config.tokens_per_image + 11))
+context = needed.tokens * needed.cache_per_token + images * needed.per_image + needed.per_picture
 print(json.dumps(dict(parameters=count, weights=weights, weights_estimate=needed.weights, peak=peak,
                       peak_estimate=needed.weights + context + needed.working)))
 """

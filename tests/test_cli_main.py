@@ -158,7 +158,8 @@ def test_model_info_counts_what_the_files_hold(tmp_path, capsys):
     found = json.loads(capsys.readouterr().out)
     assert (found["parameters"], found["tensors"], found["image_size"]) == (18, 3, 512)
     assert found["parts"] == {"a": 17, "b": 1} and found["stored"] == ["F16", "F32"]
-    assert found["memory_bytes"]["fp32"] == 2 * found["memory_bytes"]["bf16"] >= 18 * 4
+    assert found["memory_bytes"] == {dtype: needs["total"] for dtype, needs in found["needs"].items()}
+    assert found["needs"]["fp32"]["weights"] == 18 * 4 == 2 * found["needs"]["bf16"]["weights"]
     assert main(["model", "info", str(tmp_path)]) == 0
     assert found["fingerprint"] in capsys.readouterr().out
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny import tiny_model
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from mmi_cli.main import main
 from mmi_engine.errors import ConfigError
+from mmi_engine.metrics.encoder import EncoderFeatures
 from mmi_engine.model.checkpoint import load_model, save_model
 from mmi_engine.model_info import describe, fingerprint
 from mmi_engine.train.recipe import resolve
@@ -128,6 +130,28 @@ def test_files_that_hold_no_scores_are_refused(tmp_path, model) -> None:
     with pytest.raises(ConfigError, match="cannot be read"):
         write_card(directory, run=tmp_path / "absent")
     assert not (directory / "README.md").exists()
+
+
+def test_the_encoder_of_a_model_in_several_files(tmp_path, model) -> None:
+    whole, sharded = save_model(model, tmp_path / "a"), save_model(model, tmp_path / "b", shard_bytes=40_000)
+    assert len(list(sharded.glob("*.safetensors"))) > 3
+    picture = Image.linear_gradient("L").convert("RGB")
+    one, other = (EncoderFeatures(str(path)) for path in (whole, sharded))
+    assert (one.features([one.prepare(picture)]) == other.features([other.prepare(picture)])).all()
+
+
+def test_a_card_changed_by_hand_is_left_alone(tmp_path, model, capsys) -> None:
+    directory = save_model(model, tmp_path / "m")
+    card, command = directory / "README.md", ["model", "card", str(directory)]
+    assert main(command) == 0 and main([*command, "--license", "mit"]) == 0  # its own is written anew
+    own = card.read_text().replace("# tiny", "# My thesis")
+    for text in (own, "# Notes\n", ""):
+        card.write_text(text)
+        assert main(command) == 1 and card.read_text() == text
+    assert "changed by hand" in capsys.readouterr().err
+    card.write_bytes(b"\xff")
+    assert main(command) == 1 and card.read_bytes() == b"\xff"
+    assert main([*command, "--overwrite"]) == 0 and main(command) == 0 and "# tiny" in card.read_text()
 
 
 def test_a_card_written_from_inside_names_the_directory(tmp_path, model, monkeypatch) -> None:

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from mmi_cli.main import main
 from mmi_engine.errors import ModelError
+from mmi_engine.model.checkpoint import save_model
 from mmi_engine.toon.tokenizer import PATH as TOKENIZER
 from mmi_engine.weights.importing import import_released
 from mmi_engine.weights.shards import Shard, list_shards
@@ -144,6 +145,11 @@ def test_missing_shards_and_foreign_models(tmp_path, model, refused, capsys) -> 
     assert "holds no *.safetensors or *.bin" in refused(capsys)
     torch.save({"model.embed_tokens.weight": torch.zeros(4, 4)}, tmp_path / "src/pytorch_model.bin")
     assert "mmi model new assembles" in refused(capsys)
+
+
+def test_a_model_directory_is_told_to_be_one(tmp_path, model, refused, capsys) -> None:
+    save_model(model, tmp_path / "src")
+    assert "a model directory already" in refused(capsys)
 
 
 def test_no_or_another_tokenizer(tmp_path, model, refused, capsys) -> None:

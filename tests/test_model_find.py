@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import huggingface_hub
@@ -11,13 +14,14 @@ from released_layout import released_state, small_model, write_shards
 from tiny import tiny_model
 
 from mmi_cli.main import main
+from mmi_engine import model_info
 from mmi_engine.engine import Choices, ModelEngine
 from mmi_engine.errors import ModelError
 from mmi_engine.model.checkpoint import load_model, save_model
 from mmi_engine.model_info import describe, family, fingerprint, locate
 from mmi_engine.toon.tokenizer import PATH as TOKENIZER
 from mmi_engine.weights import find, store
-from mmi_engine.weights.importing import import_released
+from mmi_engine.weights.requests import base_folder
 
 COMMIT = "0" * 39 + "1"
 
@@ -174,6 +178,17 @@ def test_missing_weights_are_never_replaced(ours, tmp_path) -> None:
         load_model(sharded)
 
 
+def test_base_models_come_from_the_cache_without_a_network(hub, tmp_path) -> None:
+    for name in ("sd/unet/diffusion_pytorch_model.safetensors", "llama/model.safetensors"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_bytes((2).to_bytes(8, "little") + b"{}")
+    for name in ("sd", "llama"):
+        snapshot = hub(f"lab/{name}", tmp_path / name)
+        assert base_folder(f"lab/{name}").samefile(snapshot) and base_folder(str(tmp_path / name)) == tmp_path / name
+    with pytest.raises(ModelError, match='base model "lab/none" is no directory'):
+        base_folder("lab/none")
+
+
 def test_the_command_imports_a_hub_id(hub, released, tmp_path, capsys) -> None:
     hub("lab/released", released)
     assert main(["model", "import", "lab/released", "--out", str(tmp_path / "out")]) == 0
@@ -184,13 +199,77 @@ def test_the_command_imports_a_hub_id(hub, released, tmp_path, capsys) -> None:
     assert "not found" in capsys.readouterr().err
 
 
+CONVERT = """
+import sys
+from pathlib import Path
+from mmi_engine.weights.importing import import_released
+sys.stdout.write("ready\\n")
+sys.stdout.flush()
+sys.stdin.readline()
+done = import_released(Path(sys.argv[1]), Path(sys.argv[2]), wait=True)
+sys.stdout.write(f"{done.tensors}\\n")
+"""
+
+
 def test_two_processes_convert_once(released, tmp_path) -> None:
-    """The second waits for the first and takes what it made."""
-    target = tmp_path / "t"
-    import_released(released, target)
-    time = (target / "model.safetensors").stat().st_mtime_ns
-    assert import_released(released, target, wait=True).tensors == 0
-    assert (target / "model.safetensors").stat().st_mtime_ns == time
+    """Both begin at the same moment: one converts, the other waits and takes what it made."""
+    root = Path(__file__).resolve().parent.parent
+    paths = os.pathsep.join(str(root / name) for name in (".", "engine", "kernels"))
+    command = [sys.executable, "-c", CONVERT, str(released), str(tmp_path / "t")]
+    pipe = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    both = [subprocess.Popen(command, env={**os.environ, "PYTHONPATH": paths}, **pipe) for _ in range(2)]
+    try:
+        assert [process.stdout.readline() for process in both] == ["ready\n"] * 2
+        for process in both:
+            process.stdin.write("go\n")
+            process.stdin.flush()
+        told = [process.communicate(timeout=120) for process in both]
+    finally:
+        for process in both:
+            process.kill()
+            process.wait()
+    assert sorted(out for out, _ in told) == ["0\n", "810\n"], told
+    assert load_model(tmp_path / "t").config.name == "small"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["t"]
+
+
+@pytest.fixture
+def kept(monkeypatch, tmp_path) -> Path:
+    """Fingerprints are kept of every size, and files are settled at once."""
+    monkeypatch.setattr(model_info, "KEPT_BYTES", 0)
+    monkeypatch.setattr(model_info, "CLOCK_TICK_S", -1.0)
+    return tmp_path / "cache/fingerprints"
+
+
+def test_a_fingerprint_is_kept_and_a_changed_weight_is_noticed(ours, tmp_path, kept, monkeypatch) -> None:
+    model = Path(shutil.copytree(ours, tmp_path / "m"))
+    weights = model / "model.safetensors"
+    first = fingerprint(model)
+    monkeypatch.setattr(model_info, "KEPT_BYTES", 10**12)
+    assert fingerprint(model) == fingerprint(ours) == first  # kept, computed anew, and of another copy
+    monkeypatch.setattr(model_info, "KEPT_BYTES", 0)
+    (entry,) = kept.iterdir()
+    entry.write_text("0" * 64)
+    assert fingerprint(model) == "0" * 64  # so it is the kept one that is told
+    before = weights.stat()
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))  # as a copy that preserves times would
+    changed = fingerprint(model)
+    assert changed not in (first, "0" * 64) and len(list(kept.iterdir())) == 2
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    assert fingerprint(model) == first
+    max(kept.iterdir(), key=lambda path: path.stat().st_mtime_ns).write_text("nonsense")
+    assert fingerprint(model) == first
+
+
+def test_a_fingerprint_of_files_just_written_is_not_kept(ours, tmp_path, kept, monkeypatch) -> None:
+    monkeypatch.setattr(model_info, "CLOCK_TICK_S", 60.0)
+    model = Path(shutil.copytree(ours, tmp_path / "m"))
+    fingerprint(model)
+    assert not kept.exists()
 
 
 @pytest.mark.parametrize("damage", ["5", '{"weight_map": 5}', '{"weight_map": {"a": 5}}', "[1]"])

@@ -12,6 +12,8 @@ import pytest
 import torch
 from released_layout import POSITION_IDS, released_state, small_config, small_model, write_shards
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from mmi_cli.main import main
 from mmi_engine.errors import ModelError, OutputBusyError, OutputError
@@ -54,6 +56,27 @@ def test_the_full_released_layout_maps_without_gaps() -> None:
     assert len(found) + len(dropped) == 2659 and dropped == [POSITION_IDS] and is_dropped(POSITION_IDS)
     assert own.keys() <= found.keys()
     assert sum(torch.Size(shape).numel() for shape, kind in keys.values() if kind != "buffer") == 14_912_865_561
+
+
+class Allocated(TorchDispatchMode):
+    """Collects the bytes of every tensor with memory that an operation returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes: list[int] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        real = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor) and not leaf.is_meta]
+        self.bytes += [leaf.untyped_storage().nbytes() for leaf in real]
+        return result
+
+
+def test_the_full_model_without_memory_never_holds_a_weight_not_even_for_a_moment() -> None:
+    # its largest fixed table has 21 MB, its smallest of 40 layers' matrices 105 MB
+    with Allocated() as seen:
+        model = skeleton(released_config())
+    assert max(seen.bytes) < 50e6 and all(buffer.device.type == "cpu" for buffer in model.buffers())
 
 
 @pytest.fixture(scope="module")
@@ -214,6 +237,65 @@ def test_what_a_checkpoint_lacks_can_come_from_its_base_models(tmp_path, model) 
     write_shards(vae, tmp_path / "sd" / "vae", shards=1, ending="safetensors")
     import_released(source, tmp_path / "out", bases=(tmp_path / "llama", tmp_path / "sd"), **arguments)
     assert_same(tmp_path / "out", model)
+
+
+def language_base(model, folder: Path, rows: int | None = None) -> Path:
+    """The language model alone, under its library's names, with the tokens it knows or ``rows``; frequencies in it."""
+    rows = model.config.tokens.boi if rows is None else rows
+    state = released_state(model)
+    body = {k.replace("mm_decoder.", "model."): v for k, v in state.items() if k.startswith("mm_decoder.")}
+    llama = {k: v for k, v in body.items() if "llama_cross_attn" not in k}
+    llama["model.embed_tokens.weight"] = llama["model.embed_tokens.weight"][:rows].clone()
+    llama["lm_head.weight"] = state["text_decoder.head.weight"][:rows].clone()
+    llama["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    return write_shards(llama, folder, shards=1)
+
+
+def test_an_absent_language_model_comes_from_a_base_with_fewer_tokens(tmp_path, model, capsys) -> None:
+    state, boi = released_state(model), model.config.tokens.boi
+    trained = ("llama_cross_attn", "head_new", "soi_token")
+    kept = {
+        name: value
+        for name, value in state.items()
+        if not name.startswith(("mm_decoder.", "text_decoder.")) or any(part in name for part in trained)
+    }
+    kept["mm_decoder.layers.1.self_attn.rotary_emb.inv_freq"] = torch.ones(4)  # as older libraries stored it
+    source, base = write_shards(kept, tmp_path / "src"), language_base(model, tmp_path / "llama")
+    (tmp_path / "small.json").write_text(model.config.to_json())
+    command = ["model", "import", str(source), "--config", str(tmp_path / "small.json"), "--tokenizer", str(TOKENIZER)]
+    assert main([*command, "--out", str(tmp_path / "out")]) == 1
+    assert "--base (the language model)" in capsys.readouterr().err
+    command += ["--base", str(base)]
+    assert main([*command, "--out", str(tmp_path / "out")]) == 1
+    told = capsys.readouterr().err
+    assert "1 missing (first: mm_decoder.embed_tokens.weight)" in told and "--new-rows mean" in told
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
+    assert main([*command, "--out", str(tmp_path / "out"), "--new-rows", "mean"]) == 0
+    told = " ".join(capsys.readouterr().err.split())
+    assert "embed_tokens.weight: the rows of the new tokens are the mean of the others" in told
+    assert "head.weight: the rows of the new tokens are zero" in told and "inv_freq is not needed" in told
+    loaded, own = load_model(tmp_path / "out").state_dict(), model.state_dict()
+    made = ("language.body.embed_tokens.weight", "text_head.head.weight", "text_head.head.bias")
+    assert all(torch.equal(loaded[name], value) for name, value in own.items() if name not in made)
+    embedding, head, bias = (loaded[name] for name in made)
+    assert torch.equal(embedding[:boi], own[made[0]][:boi]) and torch.equal(head[:boi], own[made[1]][:boi])
+    torch.testing.assert_close(embedding[boi:], embedding[:boi].mean(0).expand(2, -1), rtol=0, atol=1e-7)
+    assert not head[boi:].any() and not bias[:boi].any() and (bias[boi:] == -100).all()
+
+
+def test_a_base_widened_before_brings_its_own_rows_and_another_width_none(tmp_path, model) -> None:
+    absent = ("mm_decoder.embed_tokens.", "text_decoder.head.")
+    kept = {name: value for name, value in released_state(model).items() if not name.startswith(absent)}
+    source, size = write_shards(kept, tmp_path / "src"), model.config.tokens.vocab_size
+    arguments = {"tokenizer": str(TOKENIZER), "config": model.config}
+    done = import_released(source, tmp_path / "out", bases=(language_base(model, tmp_path / "a", size),), **arguments)
+    loaded, own = load_model(tmp_path / "out").state_dict(), model.state_dict()
+    for name in ("language.body.embed_tokens.weight", "text_head.head.weight"):
+        assert torch.equal(loaded[name], own[name])
+    assert list(done.made) == ["text_head.head.bias"]
+    other = language_base(model, tmp_path / "b", size - 3)
+    with pytest.raises(ModelError, match=r"3 missing.*--base \(the language model\)"):
+        import_released(source, tmp_path / "no", bases=(other,), new_rows="mean", **arguments)
 
 
 def _bundle(directory: Path, tmp_path: Path) -> Bundle:

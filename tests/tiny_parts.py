@@ -109,8 +109,8 @@ def make_diffusion(folder: Path, kind: str, *, text_encoder: bool = False) -> Pa
 
 
 COMBINATIONS = [
-    ("clip", "llama", "sd21"),
-    ("siglip", "mistral", "sd15"),
+    ("clip", "llama", "sd15"),
+    ("siglip", "mistral", "sd21"),
     ("vit", "qwen2", "sd15"),
     ("dinov2", "qwen3", "sd21"),
 ]

@@ -6,22 +6,26 @@ Source: the safetensors format (8 bytes of header length, a JSON header, then th
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
+import os
+import re
+import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmi_engine.errors import ModelError
-from mmi_engine.weights.find import find, kind
+from mmi_engine.weights.find import cache_root, find, kind
 
 if TYPE_CHECKING:
     from mmi_engine.model.config import ModelConfig
 
-DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
-WORKING_MEMORY = 1.25  # activations and caches of small batches, as a factor on the weights
+KEPT_BYTES = 2**28  # smaller models are hashed in less than a second
+CLOCK_TICK_S = 2.0  # no file system's times are coarser
 
 
 @dataclass(frozen=True)
@@ -51,8 +55,10 @@ class ModelInfo:
     config: ModelConfig
 
     def memory_bytes(self, dtype: str) -> int:
-        """Rough need in bytes for inference with small batches in ``fp32``, ``bf16`` or ``fp16``."""
-        return int(self.parameters * DTYPE_BYTES[dtype] * WORKING_MEMORY)
+        """Need in bytes of one sequence with a full context in ``fp32``, ``bf16`` or ``fp16``."""
+        from mmi_engine.weights.estimate import need
+
+        return need(self.config, self.parameters, dtype).total
 
 
 def locate(name: str, *, convert: bool = True) -> Path:
@@ -96,21 +102,59 @@ def weight_files(directory: Path) -> list[Path]:
 def fingerprint(directory: Path) -> str:
     """sha256 over configuration, tokenizer and weights, as hex: equal for copies, whatever their path.
 
+    Every byte counts, so a changed weight is noticed. Of a large model it is computed once and kept under
+    ``$MMI_CACHE/fingerprints`` for as long as the files' sizes, inodes and times stay what they are; the time of the
+    last change of an inode cannot be set back.
+
     Raises:
         ModelError: a file cannot be read.
     """
-    digest = hashlib.sha256()
     names = ("config.json", "tokenizer.json", "tokenizer.model")
     files = [directory / name for name in names if (directory / name).is_file()]
+    files += weight_files(directory)
     try:
-        for path in [*files, *weight_files(directory)]:
+        state = _state(files)
+        kept = cache_root() / "fingerprints" / hashlib.sha256(state.encode()).hexdigest()
+        large = sum(path.stat().st_size for path in files) >= KEPT_BYTES
+        if large and (known := _kept(kept)):
+            return known
+        digest = hashlib.sha256()
+        for path in files:
             digest.update(f"{path.name}:{path.stat().st_size}:".encode())
             with path.open("rb") as stream:
                 for block in iter(lambda: stream.read(2**22), b""):
                     digest.update(block)
+        if large and _settled(files) and _state(files) == state:
+            _keep(kept, digest.hexdigest())
     except OSError as error:
-        raise ModelError(f"{path} cannot be read: {error.strerror}") from error
+        raise ModelError(f"{error.filename or directory} cannot be read: {error.strerror}") from error
     return digest.hexdigest()
+
+
+def _state(files: list[Path]) -> str:
+    """What changes whenever one of the files does."""
+    found = [(str(path.resolve()), path.stat()) for path in files]
+    return json.dumps([[p, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino, s.st_dev] for p, s in found])
+
+
+def _settled(files: list[Path]) -> bool:
+    """Whether the last change is long enough ago that another one would have got another time."""
+    return all(max(s.st_mtime, s.st_ctime) < time.time() - CLOCK_TICK_S for s in map(Path.stat, files))
+
+
+def _kept(path: Path) -> str | None:
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        text = path.read_text(encoding="ascii")
+        return text if re.fullmatch("[0-9a-f]{64}", text) else None
+    return None
+
+
+def _keep(path: Path, value: str) -> None:
+    partial = path.with_name(f"{path.name}.{os.getpid()}")
+    with contextlib.suppress(OSError):  # a home that cannot be written only costs time
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(value, encoding="ascii")
+        os.replace(partial, path)
 
 
 def describe(name: str) -> ModelInfo:

@@ -13,6 +13,28 @@ from mmi_cli.options import SETTINGS, message_options
 if TYPE_CHECKING:
     from mmi_engine.weights.estimate import Need
 
+NEW_EXAMPLE = """
+\b
+Example, parts.toml:
+  [vision]
+  model = "openai/clip-vit-large-patch14"
+  [language]
+  model = "Qwen/Qwen2.5-0.5B-Instruct"
+  [image]
+  model = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+
+\b
+  mmi model new parts.toml --out my-model
+  mmi train --recipe pretrain --model my-model --data laion2b=pairs.jsonl --out run \\
+    data.encoder_px=0 data.decoder_px=0
+"""
+CARD_EXAMPLE = """
+\b
+Example:
+  mmi model card my-model --run runs/pretrain --license apache-2.0
+  hf upload USER/my-model my-model .
+"""
+
 
 @click.group("model", context_settings=SETTINGS)
 def model() -> None:
@@ -42,7 +64,19 @@ def model() -> None:
     help="Pixels of the pictures it reads; 448 resizes the position table.",
 )
 @click.option("--config", "config_file", metavar="FILE", help="config.json, where the sizes are not the released ones.")
-@click.option("--base", "bases", metavar="DIR", multiple=True, help="Base model for what SRC lacks; may be repeated.")
+@click.option(
+    "--base",
+    "bases",
+    metavar="B",
+    multiple=True,
+    help="Base model for what SRC lacks: a LLaMA, CLIP or diffusion folder, or a hub id; may be repeated.",
+)
+@click.option(
+    "--new-rows",
+    type=click.Choice(["mean"]),
+    help="Where SRC and the base language model lack the embeddings of the two new tokens, begin them as the mean of "
+    "the others.  [default: refuse]",
+)
 @message_options
 def import_(
     source: str,
@@ -52,6 +86,7 @@ def import_(
     image_size: str,
     config_file: str | None,
     bases: tuple[str, ...],
+    new_rows: str | None,
 ) -> None:
     """Convert the released checkpoint SRC to a model directory.
 
@@ -70,10 +105,13 @@ def import_(
             image_size=int(image_size),
             config_file=config_file,
             bases=bases,
+            new_rows=new_rows,
             progress=progress,
         )
     for name in done.dropped:
         terminal.notice(f"{name} is not needed and was left out")
+    for name, how in done.made.items():
+        terminal.notice(f"{name}: {how}")
     again = f", {done.resumed} of {done.files} files from before" if done.resumed else ""
     terminal.notice(f"{done.tensors} tensors, {done.bytes / 1e9:.2f} GB → {done.directory}{again}")
 
@@ -84,13 +122,13 @@ def import_(
 @message_options
 def info(name: str, as_json: bool) -> None:
     """Parts, size and memory of the model M (toon, a directory, or a hub id), and on which devices here it fits."""
-    from mmi_engine.model_info import DTYPE_BYTES, describe
-    from mmi_engine.weights.estimate import devices, fits, need
+    from mmi_engine.model_info import describe
+    from mmi_engine.weights.estimate import DTYPE_BYTES, devices, fits, need
 
     found = describe(name)
     needs = {dtype: need(found.config, found.parameters, dtype) for dtype in DTYPE_BYTES}
     here = fits(found.config, found.parameters, devices())
-    memory = {dtype: found.memory_bytes(dtype) for dtype in DTYPE_BYTES}
+    memory = {dtype: entry.total for dtype, entry in needs.items()}
     terminal = console.current()
     if as_json:
         terminal.json(
@@ -130,21 +168,23 @@ def _show_needs(needs: dict[str, Need]) -> None:
         (dtype, *(f"{getattr(entry, name) / 2**20:,.{count}f}" for name, count in digits.items()))
         for dtype, entry in needs.items()
     ]
-    head = ("MiB in", "weights", "cache per token", "per image read", "per picture drawn", "largest step", "total")
+    head = ("MiB in", "weights", "cache per token", "per image read", "per picture drawn", "step, libraries", "total")
     terminal.out("")
     terminal.table(rows, header=head)
     full = needs["bf16"]
     terminal.out(f"total: one sequence of {full.tokens} tokens with {full.images} images\n")
 
 
-@model.command("new", context_settings=SETTINGS, epilog="Example:\n\n  mmi model new parts.toml --out my-model")
+@model.command("new", context_settings=SETTINGS, epilog=NEW_EXAMPLE)
 @click.argument("spec", metavar="CONFIG")
 @click.option("--out", metavar="DIR", required=True, help="The model directory to make.")
 @message_options
 def new(spec: str, out: str) -> None:
     """Assemble a trainable model from a vision trunk, a language model, and a U-Net with its VAE.
 
-    CONFIG is a TOML file that names the parts, folders or hub ids; docs/model-new.md has an example.
+    CONFIG is a TOML file that names the parts, folders or hub ids. What lies between them is new and starts as in
+    the paper; the parts compute what they computed before. Trunks: CLIP, SigLIP, ViT, DINOv2; language models: Llama,
+    Mistral, Qwen 2, Qwen 3; U-Nets: Stable Diffusion 1.x and 2.x.
     """
     from mmi_engine.weights.assemble import assemble_command
 
@@ -154,18 +194,28 @@ def new(spec: str, out: str) -> None:
     terminal.notice(f"{made.config.name}, {count:,} parameters → {out}")
 
 
-@model.command("card", context_settings=SETTINGS, epilog="Example:\n\n  mmi model card my-model --run runs/pretrain")
+@model.command("card", context_settings=SETTINGS, epilog=CARD_EXAMPLE)
 @click.argument("directory", metavar="DIR")
 @click.option("--run", metavar="RUN", help="The training's run directory, for its recipe.")
 @click.option("--metrics", metavar="FILE", multiple=True, help="metrics.json of mmi eval, or its folder; repeatable.")
 @click.option("--license", "license_", metavar="ID", help="Licence, as the hub names it, e.g. apache-2.0.")
 @click.option("--base-model", "bases", metavar="ID", multiple=True, help="Hub id it was made from; repeatable.")
 @click.option("--about", metavar="TEXT", help="A sentence or two in your own words.")
+@click.option("--overwrite", is_flag=True, help="Replace a README.md that was written or changed by hand.")
 @message_options
 def card(
-    directory: str, run: str | None, metrics: tuple[str, ...], license_: str | None, bases: tuple[str, ...], about: str
+    directory: str,
+    run: str | None,
+    metrics: tuple[str, ...],
+    license_: str | None,
+    bases: tuple[str, ...],
+    about: str | None,
+    overwrite: bool,
 ) -> None:
-    """Write the model card (README.md) of the model directory DIR, before it is uploaded."""
+    """Write the model card (README.md) of the model directory DIR, before it is uploaded.
+
+    A card that this command wrote is written anew; one that was changed by hand is left alone.
+    """
     from mmi_engine.weights.card import write_card
 
     path = write_card(
@@ -175,5 +225,6 @@ def card(
         license_=license_,
         bases=bases,
         about=about,
+        overwrite=overwrite,
     )
     console.current().notice(f"→ {path}")

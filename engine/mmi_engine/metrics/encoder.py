@@ -18,11 +18,11 @@ from torch import Tensor
 
 from mmi_engine.data.images import prepare
 from mmi_engine.errors import ModelError
-from mmi_engine.model.checkpoint import WEIGHTS, SkipInit
+from mmi_engine.model.checkpoint import SkipInit
 from mmi_engine.model.config import ModelConfig
 from mmi_engine.model.resampler import QFormer
 from mmi_engine.model.vision import VisualTokenizer
-from mmi_engine.model_info import fingerprint, locate
+from mmi_engine.model_info import fingerprint, locate, weight_files
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -48,9 +48,11 @@ class EncoderFeatures:
             d_llm = int(config.language.transformers["hidden_size"])
             self.network = VisualTokenizer(config.vision, QFormer(config.visual_resampler), d_llm)
         try:
-            with safe_open(directory / WEIGHTS, framework="pt") as file:
-                names = [name for name in file.keys() if name.startswith(PREFIX)]  # noqa: SIM118
-                tensors = {name.removeprefix(PREFIX): file.get_tensor(name).float() for name in names}
+            tensors: dict[str, Tensor] = {}
+            for path in weight_files(directory):
+                with safe_open(path, framework="pt") as file:
+                    names = [name for name in file.keys() if name.startswith(PREFIX)]  # noqa: SIM118
+                    tensors |= {name.removeprefix(PREFIX): file.get_tensor(name).float() for name in names}
             self.network.load_state_dict(tensors, strict=True)
         except (SafetensorError, OSError, RuntimeError) as error:
             reason = str(error).splitlines()[0]

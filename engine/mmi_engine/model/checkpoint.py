@@ -138,7 +138,7 @@ def skeleton(config: ModelConfig) -> MMInterleaved:
     """The model with its parameters on the meta device and its buffers (position tables, frequencies) computed."""
     from accelerate import init_empty_weights
 
-    with init_empty_weights(include_buffers=False), SkipInit():
+    with init_empty_weights(include_buffers=False), SkipInit(), NoMemory():
         return MMInterleaved(config)
 
 
@@ -216,6 +216,19 @@ class SkipInit(torch.overrides.TorchFunctionMode):
         if getattr(func, "__module__", None) == "torch.nn.init":
             return kwargs["tensor"] if "tensor" in kwargs else args[0]
         return func(*args, **kwargs)
+
+
+class NoMemory(torch.overrides.TorchFunctionMode):
+    """While active, ``torch.empty`` allocates nothing: what modules make their large parameters with is on ``meta``.
+
+    Moving a parameter there once it is made is too late: where freed blocks are kept (`runtime.keep_freed_memory`),
+    blocks of all the weights' sizes tear the heap to many times the machine's memory, and then nothing forks.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        """Redirect ``torch.empty``, run everything else."""
+        kwargs = kwargs or {}
+        return func(*args, **({**kwargs, "device": "meta"} if func is torch.empty else kwargs))
 
 
 def check_files(directory: Path, expected: dict[str, torch.Size]) -> list[Path]:

@@ -18,9 +18,12 @@ VISUAL_TOKENIZER = "visual_tokenizer."
 CONTEXT_RESAMPLER = "image_decoder.context_resampler."
 """Where the assembled model keeps the two modules that this table speaks of."""
 
-DROPPED = r"visual_tokenizer\.encoder\.vision_model\.(embeddings\.position_ids|post_layernorm\.(weight|bias))"
-"""Released tensors without a counterpart: a counting index, and CLIP's final norm, which the model never applies
-(checkpoints may carry or lack either)."""
+DROPPED = (
+    r"visual_tokenizer\.encoder\.vision_model\.(embeddings\.position_ids|post_layernorm\.(weight|bias))"
+    r"|mm_decoder\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
+)
+"""Released tensors without a counterpart: a counting index, CLIP's final norm, which the model never applies, and
+the rotary frequencies that older libraries stored in every layer (checkpoints may carry or lack any)."""
 
 
 def _qformer_rules(released: str, ours: str) -> list[Rule]:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from mmi_engine.data.maps import Palette
 from mmi_engine.errors import ConfigError
-from mmi_engine.model_info import family_of
+from mmi_engine.model_info import family_of, weight_files
 from mmi_engine.train import adapters, foundation, memory, sharding, sources
 from mmi_engine.train.collate import Feed, ManifestBatch, Sizes, describe
 from mmi_engine.train.documents import Choices
@@ -166,7 +166,8 @@ def check_numbers(recipe: Recipe) -> None:
     """Numbers that contradict each other; raises ConfigError."""
     halves = recipe.optim.frozen_dtype == "bf16"
     if halves and recipe.loop.precision != "bf16":
-        raise ConfigError("optim.frozen_dtype bf16 needs loop.precision bf16", remedy="set both, or neither")
+        remedy = "add optim.frozen_dtype=fp32, or train with loop.precision=bf16, which a CPU can as well"
+        raise ConfigError("optim.frozen_dtype bf16 needs loop.precision bf16", remedy=remedy)
     if not recipe.loss.text and not recipe.loss.image:
         raise ConfigError("loss.text and loss.image are both 0", remedy="give one a weight")
 
@@ -213,7 +214,7 @@ def estimate(recipe: Recipe) -> memory.Estimate:
     """
     check(recipe)
     _, directory = foundation.configuration(recipe)
-    if (directory / foundation.WEIGHTS).stat().st_size > memory.TRIAL_BYTES:
+    if sum(path.stat().st_size for path in weight_files(directory)) > memory.TRIAL_BYTES:
         return memory.before_loading(recipe)
     train, val = sets_of(recipe.data, sources.locate(recipe.data), lambda _: None)
     with tempfile.TemporaryDirectory() as folder:

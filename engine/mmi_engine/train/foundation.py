@@ -19,16 +19,16 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mmi_engine.errors import ConfigError, ModelError
-from mmi_engine.model.checkpoint import WEIGHTS, SkipInit
+from mmi_engine.model.checkpoint import skeleton
 from mmi_engine.model.config import ModelConfig
 from mmi_engine.model.interleaved import MMInterleaved
 from mmi_engine.model.tokenizer import DirectoryTokenizer
-from mmi_engine.model_info import locate
+from mmi_engine.model_info import locate, weight_files
 from mmi_engine.train.recipe import Recipe
+from mmi_engine.weights import store
 
 logger = logging.getLogger(__name__)
 DECODER = "image_decoder."
@@ -102,13 +102,9 @@ def load(recipe: Recipe) -> Foundation:
         shapes = {
             k: v.shape for k, v in MMInterleaved(config).state_dict().items() if not left or not k.startswith(left)
         }
-    tensors, fresh = _fitting(directory / WEIGHTS, shapes, partial)
+    tensors, fresh = _fitting(directory, shapes, partial)
     torch.manual_seed(recipe.seed)  # fresh weights are the same in every process and run
-    if fresh:
-        model = MMInterleaved(config)
-    else:
-        with SkipInit():
-            model = MMInterleaved(config)
+    model = MMInterleaved(config) if fresh else skeleton(config)
     if left:
         model.image_decoder = nn.Identity()  # type: ignore[assignment]
     model.load_state_dict(tensors, strict=False, assign=True)
@@ -125,22 +121,23 @@ def load(recipe: Recipe) -> Foundation:
     return Foundation(model.train(), directory, fresh, left)
 
 
-def _fitting(path: Path, shapes: dict[str, torch.Size], partial: bool) -> tuple[dict[str, Tensor], list[str]]:
-    """Tensors of the file that the model has room for, and the names of the model's others."""
-    with safe_open(path, framework="pt") as file:
-        names = set(file.keys())
-        there = {k: next((n for n in _called(k) if n in names), "") for k in shapes}
-        fits = {k: n for k, n in there.items() if n and torch.Size(file.get_slice(n).get_shape()) == shapes[k]}
-        fresh = sorted(set(shapes) - set(fits))
-        if fresh and not partial:
-            raise ModelError(
-                f"{path}: {len(fresh)} tensors do not fit the recipe's configuration, first {fresh[0]}",
-                remedy="remove the changes of [model], or set model.partial=true to begin them fresh",
-            )
-        tensors = {}
-        for name, stored in fits.items():
-            tensor = file.get_tensor(stored)
-            tensors[name] = tensor.float() if tensor.is_floating_point() else tensor
+def _fitting(directory: Path, shapes: dict[str, torch.Size], partial: bool) -> tuple[dict[str, Tensor], list[str]]:
+    """Tensors of the directory's files that the model has room for, and the names of the model's others."""
+    tensors = {}
+    for path in weight_files(directory):
+        with safe_open(path, framework="pt") as file:
+            names = set(file.keys())
+            for name, shape in shapes.items():
+                stored = next((n for n in _called(name) if n in names), "")
+                if stored and torch.Size(file.get_slice(stored).get_shape()) == shape:
+                    tensor = file.get_tensor(stored)
+                    tensors[name] = tensor.float() if tensor.is_floating_point() else tensor
+    fresh = sorted(set(shapes) - set(tensors))
+    if fresh and not partial:
+        raise ModelError(
+            f"{directory}: {len(fresh)} tensors do not fit the recipe's configuration, first {fresh[0]}",
+            remedy="remove the changes of [model], or set model.partial=true to begin them fresh",
+        )
     return tensors, fresh
 
 
@@ -159,16 +156,17 @@ def export(foundation: Foundation, state: dict[str, Tensor], directory: Path, dt
         dtype: of storage.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    tensors = {k: _stored(v, dtype) for k, v in state.items()}
+    tensors = dict(state)
     if foundation.left:
-        with safe_open(foundation.directory / WEIGHTS, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 — no mapping
-                if name.startswith(foundation.left):
-                    tensors[name] = _stored(file.get_tensor(name), dtype)
-    partial = directory / f"{WEIGHTS}.partial"
-    save_file(tensors, partial, metadata={"format": "pt"})
-    partial.chmod(0o644)
-    os.replace(partial, directory / WEIGHTS)
+        for path in weight_files(foundation.directory):
+            with safe_open(path, framework="pt") as file:
+                left = [name for name in file.keys() if name.startswith(foundation.left)]  # noqa: SIM118
+                tensors |= {name: file.get_tensor(name) for name in left}
+    kinds = {k: dtype if v.is_floating_point() else v.dtype for k, v in tensors.items()}
+    files = store.split([store.Planned(k, tuple(v.shape), kinds[k]) for k, v in tensors.items()])
+    store.write_all(files, directory, lambda planned: tensors[planned.name].to(planned.dtype))
+    store.write_index(files, directory)
+    store.clean(files, directory)
     config = foundation.model.config
     if not config.loss_image_weight:  # what the base said about a loss that this run had not
         base = ModelConfig.load(foundation.directory)
@@ -177,11 +175,6 @@ def export(foundation: Foundation, state: dict[str, Tensor], directory: Path, dt
     text.write_text(config.to_json(), encoding="utf-8")
     os.replace(text, directory / "config.json")
     foundation.model.tokenizer.copy_to(directory)
-
-
-def _stored(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    tensor = tensor.detach().cpu()
-    return (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous()
 
 
 def halve_frozen(model: nn.Module) -> int:

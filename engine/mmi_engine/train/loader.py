@@ -12,6 +12,8 @@ from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
 
+from mmi_engine.errors import MMIError
+
 Make = Callable[[int], Any]
 AHEAD = 3
 """Batches that are kept ready (per process, where there are several)."""
@@ -29,7 +31,11 @@ class _Indexed(Dataset[Any]):
     def __getitem__(self, position: int) -> tuple[int, Any]:
         if position >= len(self.indices):
             raise IndexError(position)
-        return self.indices[position], self.make(self.indices[position])
+        index = self.indices[position]
+        try:
+            return index, self.make(index)
+        except MMIError as error:  # torch would wrap it into a traceback; it is raised as it is by `stream`
+            return index, error
 
 
 def stream(make: Make, indices: Sequence[int], *, workers: int, pin: bool) -> Iterator[tuple[int, Any]]:
@@ -45,7 +51,7 @@ def stream(make: Make, indices: Sequence[int], *, workers: int, pin: bool) -> It
         yield from _from_thread(make, indices)
         return
     # fork: the workers share the memory-mapped pictures and start at once; they never touch a device
-    yield from DataLoader(
+    loaded = DataLoader(
         _Indexed(make, indices),
         batch_size=None,
         num_workers=workers,
@@ -53,6 +59,10 @@ def stream(make: Make, indices: Sequence[int], *, workers: int, pin: bool) -> It
         pin_memory=pin,
         multiprocessing_context="fork",
     )
+    for index, batch in loaded:
+        if isinstance(batch, MMIError):
+            raise batch
+        yield index, batch
 
 
 def _from_thread(make: Make, indices: Sequence[int]) -> Iterator[tuple[int, Any]]:

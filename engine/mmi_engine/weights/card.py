@@ -7,16 +7,19 @@ Format: Markdown with the hub's YAML head (https://huggingface.co/docs/hub/model
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mmi_engine.errors import ConfigError
+from mmi_engine.errors import ConfigError, OutputError
 from mmi_engine.model_info import ModelInfo, describe
 from mmi_engine.weights import store
 
 CARD = "README.md"
+SEAL = "<!-- mmi model card {} -->\n"
+"""Last line of a card: a checksum of what stands before it."""
 
 
 def write_card(
@@ -27,8 +30,11 @@ def write_card(
     license_: str | None = None,
     bases: Sequence[str] = (),
     about: str | None = None,
+    overwrite: bool = False,
 ) -> Path:
     """Write the card of a model directory; returns its path.
+
+    The last line of a card is a checksum of the rest: what was changed by hand is told by it, and kept.
 
     Args:
         directory: the model.
@@ -37,9 +43,11 @@ def write_card(
         license_: identifier for the hub.
         bases: hub ids of the models it was made from.
         about: a sentence or two of the author's.
+        overwrite: replace a ``README.md`` that is not as this function wrote it.
 
     Raises:
         ModelError: no model directory.
+        OutputError: a ``README.md`` is there that somebody else wrote or changed.
         ConfigError: a file cannot be read.
     """
     info = describe(str(directory))
@@ -55,8 +63,28 @@ def write_card(
         _results(scores),
     ]
     path = directory / CARD
-    store.write_text(path, "\n".join(part for part in parts if part))
+    if path.exists() and not overwrite and not _as_written(path):
+        raise OutputError(
+            f"{path} was written or changed by hand and is left as it is",
+            remedy="--overwrite replaces it; --about adds your own words to a new card",
+        )
+    text = "\n".join(part for part in parts if part) + "\n"
+    store.write_text(path, text + SEAL.format(_checksum(text)))
     return path
+
+
+def _checksum(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _as_written(path: Path) -> bool:
+    """Whether a card is as `write_card` left it."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return False
+    body, _, seal = text.rstrip("\n").rpartition("\n")
+    return seal + "\n" == SEAL.format(_checksum(body + "\n"))
 
 
 def _head(info: ModelInfo, license_: str | None, bases: Sequence[str]) -> str:

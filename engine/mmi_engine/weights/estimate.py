@@ -1,8 +1,8 @@
 """How much memory a model needs, from its configuration and the shapes of its weights; nothing is loaded.
 
-Place in the flow: `mmi model info` shows it, `placement.py` decides with it. Weights, KV cache and image features are
-exact products of shapes. The working memory of the largest step (the VAE's last stage, or the logits of a prompt) is an
-estimate; docs/model.md has it beside measured peaks.
+Place in the flow: `mmi model info` and dry runs show it, `placement.py` decides with it. Weights, KV cache and image
+features are exact products of shapes. The working memory of the largest step (the VAE's last stage, or the logits of a
+prompt) is an estimate that errs to the high side; docs/model.md has it beside measured peaks.
 """
 
 from __future__ import annotations
@@ -20,6 +20,9 @@ STAGE_COPIES = 6
 """Feature maps of the VAE's widest stage that are alive at once (a residual block with float32 norms)."""
 UNET_COPIES = 12
 """Maps of the U-Net's finest stage that are alive at once, feed-forward of its transformer included."""
+LIBRARIES = 192 * 2**20
+"""What a first step costs beside its tensors: code and tables of the libraries, workspaces of convolutions, what the
+allocator keeps, and the visual encoder's own activations. Measured, see ``benchmarks/model_memory.py``."""
 
 
 @dataclass(frozen=True)
@@ -31,8 +34,8 @@ class Need:
         cache_per_token: keys and values of one token of one sequence.
         per_image: feature maps F1..F4 of an image and what the language model's MMFS keeps of it.
         per_picture: what the U-Net's MMFS keeps of the images that a drawn picture looks at.
-        working: the largest step at batch size 1.
-        tokens, images: of a full context.
+        working: the largest step at batch size 1, with what the libraries need for it.
+        tokens, images: of the context that is meant.
     """
 
     weights: int
@@ -45,12 +48,12 @@ class Need:
 
     @property
     def context(self) -> int:
-        """KV cache and image features of one sequence with a full context."""
+        """KV cache and image features of one sequence."""
         return self.tokens * self.cache_per_token + self.images * self.per_image + self.per_picture
 
     @property
     def total(self) -> int:
-        """One sequence with a full context, weights included."""
+        """One sequence, weights included."""
         return self.weights + self.context + self.working
 
 
@@ -64,7 +67,9 @@ def layer_linear_weights(config: ModelConfig) -> int:
     return int(sizes["num_hidden_layers"]) * (attention + 3 * width * int(sizes["intermediate_size"]))
 
 
-def need(config: ModelConfig, parameters: int, dtype: str, llm_bits: int | None = None) -> Need:
+def need(
+    config: ModelConfig, parameters: int, dtype: str, llm_bits: int | None = None, *, tokens: int | None = None
+) -> Need:
     """What a model needs.
 
     Args:
@@ -72,13 +77,14 @@ def need(config: ModelConfig, parameters: int, dtype: str, llm_bits: int | None 
         parameters: weights in all.
         dtype: ``fp32``, ``bf16`` or ``fp16``, of weights and computation.
         llm_bits: 8 or 4 for a quantised language model.
+        tokens: length of the sequence; ``None`` is a full context, of 2048 at most.
     """
     size, language, decoder = DTYPE_BYTES[dtype], config.language, config.image_decoder
     sizes = language.transformers
     heads = int(sizes["num_attention_heads"])
     head = int(sizes.get("head_dim") or int(sizes["hidden_size"]) // heads)
     layers, key_heads = int(sizes["num_hidden_layers"]), int(sizes.get("num_key_value_heads") or heads)
-    tokens = min(int(sizes.get("max_position_embeddings", 2048)), 2048)
+    tokens = tokens or min(int(sizes.get("max_position_embeddings", 2048)), 2048)
     per_image_tokens = config.tokens_per_image + 1
     weights = float(parameters * size)
     if llm_bits is not None:
@@ -98,7 +104,7 @@ def need(config: ModelConfig, parameters: int, dtype: str, llm_bits: int | None 
         cache_per_token=2 * layers * key_heads * head * size,
         per_image=maps + values * size,
         per_picture=picture * size,
-        working=max(_vae_step(decoder.vae) * size, _unet_step(decoder.unet) * size, logits),
+        working=LIBRARIES + max(_vae_step(decoder.vae) * size, _unet_step(decoder.unet) * size, logits),
         tokens=tokens,
         images=min(config.language.mmfs.max_images - 1 if language.mmfs else tokens, tokens // per_image_tokens),
     )

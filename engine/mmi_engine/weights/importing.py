@@ -16,7 +16,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,10 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Imported:
-    """What an import did: tensors and bytes written, files finished by an earlier call, names left out on purpose."""
+    """What an import did: tensors and bytes written, files finished by an earlier call, names left out on purpose.
+
+    ``made``: our name → how rows that nothing held were made.
+    """
 
     directory: Path
     tensors: int
@@ -45,6 +48,7 @@ class Imported:
     files: int
     resumed: int
     dropped: tuple[str, ...]
+    made: dict[str, str] = field(default_factory=dict)
 
 
 def import_released(
@@ -55,6 +59,7 @@ def import_released(
     tokenizer: str | None = None,
     config: ModelConfig | None = None,
     bases: tuple[Path, ...] = (),
+    new_rows: str | None = None,
     shard_bytes: int = store.SHARD_BYTES,
     progress: Progress | None = None,
     wait: bool = False,
@@ -68,6 +73,7 @@ def import_released(
         tokenizer: file, folder or hub id; ``None`` looks into ``source``.
         config: of the model; ``None`` takes ``source/config.json`` when it is one of ours, else the released layout.
         bases: directories of base models for sub-models that the checkpoint does not hold.
+        new_rows: ``mean`` for embeddings of new tokens that neither has; ``None`` refuses.
         shard_bytes: largest file of the result.
         progress: called with (bytes done, bytes in all).
         wait: for another import into the same place; without it, that one is an error.
@@ -85,7 +91,7 @@ def import_released(
         shards = list_shards(source)
         config = config or _own_config(source) or released_config()
         token_file = tokenizer_file(tokenizer or str(source if source.is_dir() else source.parent))
-        match = released.match(config, shards, bases)
+        match = released.match(config, shards, bases, new_rows=new_rows)
         released.require_complete(match, source)
         files = store.split([_planned(place, dtype) for place in match.placed], shard_bytes)
         staging = out.with_name(f"{out.name}.partial")
@@ -108,7 +114,8 @@ def import_released(
         (staging / PLAN).unlink()
         os.replace(staging, out)
     size = sum(file.bytes for file in files)
-    return Imported(out, len(match.placed), size, len(files), done, tuple(match.dropped))
+    made = {place.ours: released.MADE[place.made] for place in match.placed if place.made}
+    return Imported(out, len(match.placed), size, len(files), done, tuple(match.dropped), made)
 
 
 def _own_config(source: Path) -> ModelConfig | None:
@@ -127,6 +134,7 @@ def _plan(match: released.Match, files: list[store.File], config: ModelConfig, t
         {
             "sources": [[str(p.resolve()), size, p.stat().st_mtime_ns] for p, size in sorted(sources.items())],
             "files": [[file.name, hashlib.sha256(file.header).hexdigest()] for file in files],
+            "made": sorted([place.ours, place.made] for place in match.placed if place.made),
             "config": hashlib.sha256(config.to_json().encode()).hexdigest(),
             "tokenizer": hashlib.sha256(token_file.read_bytes()).hexdigest(),
         },

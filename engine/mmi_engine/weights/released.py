@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,19 @@ _BASE_RULES = (
     (r"lm_head\.(weight)", "text_decoder.head.{}"),
     (r"((?:vision_model)\..+)", "visual_tokenizer.encoder.{}"),
 )
+NEW_TOKENS = 2  # `<BoI>` and the image placeholder
+NEW_BIAS = -100.0
+EMBEDDING, HEAD, HEAD_BIAS = "language.body.embed_tokens.weight", "text_head.head.weight", "text_head.head.bias"
+MADE = {
+    "mean": "the rows of the new tokens are the mean of the others, not the trained ones: train the model further",
+    "zeros": "the rows of the new tokens are zero, as in the released model",
+    "bias": "zero, and -100 for the new tokens, as in the released model",
+}
+"""How a base language model, which does not know ``<BoI>`` and the image placeholder, is extended by their rows.
+
+The head's are constants of the released layout. The embedding's are not: ``<BoI>`` has whatever row the training began
+with, and the trained ``soi_token`` is relative to it. That row stands in the checkpoint or nowhere.
+"""
 _OLD_VAE = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
@@ -52,16 +65,22 @@ class Placed:
     entry: Entry
     shape: tuple[int, ...]
     buffer: bool
+    made: str = ""
+    """How rows that a base language model lacks are made: a value of `MADE`."""
 
 
 @dataclass
 class Match:
-    """What `match` found: tensors in the order of the shards, fixed tables to compare, and everything that is wrong."""
+    """What `match` found: tensors in the order of the shards, fixed tables to compare, and everything that is wrong.
+
+    ``new_rows``: rows that a base language model has too few in its word embedding.
+    """
 
     placed: list[Placed] = field(default_factory=list)
     fixed: list[tuple[Placed, Tensor]] = field(default_factory=list)
     dropped: list[str] = field(default_factory=list)
     report: NameReport = field(default_factory=NameReport)
+    new_rows: int = 0
 
 
 def bare_name(name: str) -> str:
@@ -98,13 +117,16 @@ def base_tensors(directory: Path) -> dict[str, tuple[Shard, str, Entry]]:
     return found
 
 
-def match(config: ModelConfig, shards: list[Shard], bases: Iterable[Path] = ()) -> Match:
+def match(
+    config: ModelConfig, shards: list[Shard], bases: Iterable[Path] = (), *, new_rows: str | None = None
+) -> Match:
     """Find the place of every tensor.
 
     Args:
         config: of the model to fill.
         shards: of the checkpoint.
         bases: directories of the models that it was trained from, for what it does not hold itself.
+        new_rows: ``mean`` makes the embeddings of the new tokens where neither has them; ``None`` calls them missing.
 
     Raises:
         ModelError: a shard cannot be read.
@@ -133,12 +155,29 @@ def match(config: ModelConfig, shards: list[Shard], bases: Iterable[Path] = ()) 
             ours = table.to_ours(released)
             if ours in own and ours not in places:
                 place = Placed(shard, name, ours, entry, tuple(own[ours].shape), ours in buffers)
-                if _objection(place, own[ours]) is None:
-                    places[ours] = place
+                for found in _from_base(place, own, config.tokens.boi, new_rows, result):
+                    places.setdefault(found.ours, found)
     result.report.missing = [table.to_released(name) or name for name in own if name not in places]
     result.placed = [place for place in places.values() if place.ours in own]
     result.fixed = [(place, fixed[place.ours]) for place in places.values() if place.ours in fixed]
     return result
+
+
+def _from_base(place: Placed, own: dict[str, Any], known: int, new_rows: str | None, result: Match) -> list[Placed]:
+    """What a base model's tensor fills: its place when it fits, with rows made for tokens beyond its ``known`` ones."""
+    if place.ours not in (EMBEDDING, HEAD):
+        return [place] if _objection(place, own[place.ours]) is None else []
+    # a language model that was widened before brings its own rows
+    short = place.entry.shape == (known, *place.shape[1:])
+    if not short and _objection(place, own[place.ours]) is not None:
+        return []
+    if place.ours == EMBEDDING:
+        if short and new_rows is None:
+            result.new_rows = place.shape[0] - known
+            return []
+        return [replace(place, made=new_rows or "") if short else place]
+    bias = replace(place, ours=HEAD_BIAS, shape=tuple(own[HEAD_BIAS].shape), made="bias")
+    return [replace(place, made="zeros") if short else place, bias]
 
 
 def _objection(place: Placed, target: Tensor) -> str | None:
@@ -156,14 +195,29 @@ def _objection(place: Placed, target: Tensor) -> str | None:
 
 
 def fitted(place: Placed, tensor: Tensor) -> Tensor:
-    """The tensor in the shape of its place: a trunk's position table of another grid is resized.
+    """The tensor in the shape of its place: a base model's with rows for new tokens, a trunk's position table resized.
 
-    In float32, bicubic, corners not aligned, as the released code does when it loads weights for 448 px.
+    The table in float32, bicubic, corners not aligned, as the released code does when it loads weights for 448 px.
     """
+    if place.made:
+        return _extended(place, tensor)
     if tuple(tensor.shape) == place.shape:
         return tensor
     side = round((place.shape[0] - 1) ** 0.5)
     return interpolate_position_embedding(tensor.float(), (side, side))
+
+
+def _extended(place: Placed, tensor: Tensor) -> Tensor:
+    """What `Placed.made` says, in the dtype of ``tensor``, whose rows stay as they are."""
+    known = tensor.shape[0]
+    if place.made == "bias":
+        bias = tensor.new_zeros(place.shape)
+        bias[-NEW_TOKENS:] = NEW_BIAS
+        return bias
+    new = tensor.new_zeros((place.shape[0] - known, *place.shape[1:]))
+    if place.made == "mean":
+        new[:] = tensor.mean(0, dtype=torch.float32).to(tensor.dtype)
+    return torch.cat([tensor, new])
 
 
 def compare_fixed(result: Match) -> None:
@@ -185,10 +239,17 @@ def require_complete(result: Match, source: Path) -> None:
     if report.clean:
         return
     absent = [what for what, prefix in SUBMODELS.items() if any(n.startswith(prefix) for n in report.missing)]
-    if not result.placed:
+    if "boi_embedding" in report.unexpected:  # our name of soi_token
+        remedy = "it is a model directory already: name it by --model"
+    elif not result.placed:
         remedy = "give the folder of a released MM-Interleaved checkpoint; mmi model new assembles models from parts"
     elif report.unexpected or report.mismatched:
         remedy = "it is a checkpoint of another layout: describe it by --config, or --image-size for its input"
+    elif result.new_rows and len(report.missing) == 1:
+        remedy = (
+            f"the base model lacks its last {result.new_rows} rows, those of <BoI> and the image placeholder: give a "
+            "checkpoint that holds them, or let them begin as the mean of the others by --new-rows mean"
+        )
     elif absent:
         remedy = f"fetch the missing shards, or name the model it was trained from by --base ({', '.join(absent)})"
     else:

@@ -11,7 +11,7 @@ from typing import Any
 from mmi_engine.errors import ConfigError, ModelError
 from mmi_engine.model.config import ModelConfig
 from mmi_engine.model.presets import released_config
-from mmi_engine.weights.find import describes_ours, from_hub
+from mmi_engine.weights.find import complete, describes_ours, from_hub
 from mmi_engine.weights.importing import Imported, Progress, import_released
 
 
@@ -31,6 +31,7 @@ def import_command(
     image_size: int = 224,
     config_file: str | None = None,
     bases: tuple[str, ...] = (),
+    new_rows: str | None = None,
     progress: Progress | None = None,
 ) -> Imported:
     """``mmi model import``.
@@ -39,6 +40,8 @@ def import_command(
         source: folder, file or hub id.
         image_size: 224 or 448, pixels of the pictures that the released model reads.
         config_file: ``config.json`` that replaces the built-in description.
+        bases: folders or hub ids of base models.
+        new_rows: see `importing.import_released`.
 
     Raises:
         ModelError, OutputError: see `importing.import_released`.
@@ -62,9 +65,25 @@ def import_command(
         dtype=torch_dtype(dtype),
         tokenizer=tokenizer,
         config=config,
-        bases=tuple(Path(base) if Path(base).is_dir() else from_hub(base) for base in bases),
+        bases=tuple(base_folder(base) for base in bases),
+        new_rows=new_rows,
         progress=progress,
     )
+
+
+def base_folder(name: str) -> Path:
+    """Folder of a base model: a path, else the hub's cache, else the network.
+
+    Raises:
+        ModelError: there is none.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+
+    def ready(folder: Path) -> bool:
+        return complete(folder) or any((folder / part).is_dir() for part in ("unet", "vae"))  # a diffusion folder
+
+    return from_hub(name, ready=ready, what="base model")
 
 
 def _config(path: Path) -> ModelConfig:
