@@ -1,22 +1,25 @@
 """The compiled inner loops of the numba backend, forward and backward. Importing this file imports numba.
 
 Place in the flow: `numba_cpu.py` cuts the work into ranges of "lanes" and calls these functions, one range per thread.
-A lane is one (row n, head h) pair, lane = n·H + h. All arrays are flat views of C-contiguous float32 tensors:
+A lane is one (row n, head h) pair, lane = n·H + h. Tensors are C-contiguous float32 and named by their address:
 
     value [N, S, H, D]   locations [N, Q, H, L, P, 2]   weights [N, Q, H, L, P]   out, grad_out [N, Q, H, D]
-    slots [3, L·P]: width, height and first position of the level of each of a query's L·P samples
+    slots [3, heads of a group · L·P]: width, height and first position of the level of each sample
 
-Per query: (1) `_place` turns up to 64 locations at once into corner positions and fractions, branch-free so that the
-compiler vectorises it, all in float32 (positions stay exact below 2²⁴); (2) the channels of the corners are summed in
-blocks of 16; backward also takes the dot products of the corners with the output gradient and (3) folds them into the
-gradients of weight and location. With enough queries a lane's maps are first copied together, since a stride of
-H·D floats between neighbouring positions would waste most of the cache.
+Heads are taken in groups that have up to 64 samples together, neighbours in memory. Per query and group: (1) `_place`
+turns the locations into corner positions and fractions, branch-free so that the compiler vectorises it, all in float32
+(positions stay exact below 2²⁴); (2) per head, the corners are summed in blocks of 64, 32, 16 and 1 channels; backward
+also takes the dot products of the corners with the output gradient and (3) folds them into the gradients of weight and
+location. With enough queries the group's maps are first copied together, since a stride of H·D floats between
+neighbouring positions would waste most of the cache; with few, one query takes all its heads before the next one
+starts, so that the pages it touches are few.
 
-Why lanes: the value gradient of a lane is written by that lane alone, so threads need no atomics, the order of every
-sum is fixed, and a result depends neither on the number of threads nor on other rows: equal inputs, equal bits.
+Why lanes: the value gradient of a lane is written by one thread, queries in order, so threads need no atomics, the
+order of every sum is fixed, and a result depends neither on the number of threads nor on other rows: equal inputs,
+equal bits.
 
 Corners outside the map get weight 0 and the address of their neighbour inside, so memory outside is never read and no
-other value can leak in. Samples wholly outside or with weight 0 are skipped. NaN locations give NaN.
+other value can leak in. Samples wholly outside or (forward) with weight 0 are skipped. NaN locations give NaN.
 
 Source: bilinear sampling and its derivatives as in `grid_sample(align_corners=False, padding_mode="zeros")`.
 """
@@ -27,18 +30,23 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
+from llvmlite import ir
+from numba import carray, njit, types
+from numba.extending import intrinsic
 
-from mmi_kernels.numba_simd import dot16, fma16, load16, store16, zero16
+from mmi_kernels.numba_simd import add4, load4, load_float, load_int, operations, store4
+
+CHUNK = 64
+"""Samples placed at once."""
 
 _ZERO, _HALF, _ONE = np.float32(0.0), np.float32(0.5), np.float32(1.0)
-_CHUNK = 64  # samples placed at once
-# Rows of the scratch array [_ROWS, _CHUNK]: corner positions (top left … bottom right), the corners' bilinear factors
-# times the weight, fractions, existing columns and rows (1 or 0), inside at all (1 or 0), dot products (backward).
-_AT00, _AT01, _AT10, _AT11, _C00, _C01, _C10, _C11 = (np.uint64(i * _CHUNK) for i in range(8))
-_FX, _FY, _LEFT, _RIGHT, _TOP, _BOTTOM, _INSIDE = (np.uint64(i * _CHUNK) for i in range(8, 15))
-_DOT00, _DOT01, _DOT10, _DOT11 = (np.uint64(i * _CHUNK) for i in range(15, 19))
-_ROWS = 19
+# Rows of the scratch array [_ROWS, CHUNK]: the corners' bilinear factors times the weight (top left … bottom right),
+# fractions, existing columns and rows (1 or 0), then four dot products per sample (backward). Rows of the scratch array
+# of integers: the corners' positions, and whether the sample is to be read at all.
+_C00, _C01, _C10, _C11, _FX, _FY, _LEFT, _RIGHT, _TOP, _BOTTOM, _DOTS = (np.uint64(i * CHUNK) for i in range(11))
+_ROWS = 14
+_AT00, _AT01, _AT10, _AT11, _LIVE = (np.uint64(i * CHUNK) for i in range(5))
+_ROW = 4 * CHUNK  # bytes
 _OPTIONS = {"nogil": True, "fastmath": {"reassoc", "contract", "nsz"}, "error_model": "numpy"}
 
 
@@ -50,21 +58,34 @@ def _compile(function: Any) -> Any:
         return njit(**_OPTIONS)(function)
 
 
-def _inline(function: Any) -> Any:
-    """A part of the two entry points, merged into them: a call would count references of every array it passes."""
-    return njit(inline="always", **_OPTIONS)(function)
+_part = njit(**_OPTIONS)
+"""A part of the two entry points, which is compiled into them."""
 
 
-@_inline
-def _place(locations, weights, first, count, slots, slot, samples, scratch):
-    """Fills rows _AT00 … _INSIDE of scratch for samples [first, first + count), the query's slots from `slot` on."""
-    first, slot, samples = np.uint64(first), np.uint64(slot), np.uint64(samples)
+@intrinsic
+def _pointer(typing_context: Any, address: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.inttoptr(args[0], ir.IntType(8).as_pointer())
+
+    return types.voidptr(types.int64), generate
+
+
+@_part
+def _floats(address, count):
+    return carray(_pointer(address), count, np.float32)
+
+
+@_part
+def _place(locations_at, weights_at, count, slots_at, columns, zeros, scratch_at, places_at):
+    """Fills the scratch arrays for `count` samples in a row. zeros: whether samples of weight 0 are live."""
+    locations, weights = _floats(locations_at, 2 * count), _floats(weights_at, count)
+    slots, scratch = _floats(slots_at, 3 * columns), _floats(scratch_at, _ROWS * CHUNK)
+    places, columns = carray(_pointer(places_at), 5 * CHUNK, np.int32), np.uint64(columns)
     for i in range(count):
         k = np.uint64(i)
-        at, of_slot = first + k, slot + k
-        width, height, start = slots[of_slot], slots[samples + of_slot], slots[samples + samples + of_slot]
-        x = locations[at + at] * width - _HALF
-        y = locations[at + at + np.uint64(1)] * height - _HALF
+        width, height, start = slots[k], slots[columns + k], slots[columns + columns + k]
+        x = locations[k + k] * width - _HALF
+        y = locations[k + k + np.uint64(1)] * height - _HALF
         outside = (x <= -_ONE) | (y <= -_ONE) | (x >= width) | (y >= height)
         column, row = np.floor(x), np.floor(y)
         # comparisons with NaN are false, so a NaN location reads position 0 and carries the NaN in its fractions
@@ -76,13 +97,14 @@ def _place(locations, weights, first, count, slots, slot, samples, scratch):
         column1 = column1 if column1 < width else width - _ONE
         upper = start + (row0 if row0 < height else height - _ONE) * width
         lower = start + (row1 if row1 < height else height - _ONE) * width
-        fx, fy, weight = x - column, y - row, weights[at]
+        fx, fy, weight = x - column, y - row, weights[k]
         left = _ONE if column >= _ZERO else _ZERO
         right = _ONE if column + _ONE < width else _ZERO
         top = _ONE if row >= _ZERO else _ZERO
         bottom = _ONE if row + _ONE < height else _ZERO
-        scratch[_AT00 + k], scratch[_AT01 + k] = upper + column0, upper + column1
-        scratch[_AT10 + k], scratch[_AT11 + k] = lower + column0, lower + column1
+        places[_AT00 + k], places[_AT01 + k] = np.int32(upper + column0), np.int32(upper + column1)
+        places[_AT10 + k], places[_AT11 + k] = np.int32(lower + column0), np.int32(lower + column1)
+        places[_LIVE + k] = np.int32(0) if outside | (weight == _ZERO) & (not zeros) else np.int32(1)
         scratch[_C00 + k], scratch[_C01 + k] = (
             (_ONE - fy) * (_ONE - fx) * top * left * weight,
             (_ONE - fy) * fx * top * right * weight,
@@ -93,175 +115,206 @@ def _place(locations, weights, first, count, slots, slot, samples, scratch):
         )
         scratch[_FX + k], scratch[_FY + k] = fx, fy
         scratch[_LEFT + k], scratch[_RIGHT + k], scratch[_TOP + k], scratch[_BOTTOM + k] = left, right, top, bottom
-        scratch[_INSIDE + k] = _ZERO if outside else _ONE
 
 
-@_inline
-def _address(base, position, stride):
-    # through a signed integer, which CPUs convert in one instruction; unsigned, so numba omits its test for negatives
-    return np.uint64(base + np.int64(position) * stride)
+@_part
+def _corner(maps, place, corner, stride):
+    return maps + np.int64(load_int(place + corner * _ROW)) * stride
 
 
-@_inline
-def _copy_lane(source, at, stride, target, target_at, target_stride, positions, dim):
-    """target[target_at + i · target_stride + d] = source[at + i · stride + d] for i < positions, d < dim."""
+def _channel_loops(width: int) -> tuple[Any, Any]:
+    """(gather, scatter) for `width` channels of the samples [first, last) that are placed."""
+    zero, load, store, add, multiply, fma, sum4 = operations(width)
+
+    @_part
+    def gather(maps, stride, first, last, scratch, places, out):
+        """out += the samples, weighted."""
+        total, lower = load(out), zero()  # two sums, for the CPU to work on side by side
+        for k in range(first, last):
+            place, factor = places + 4 * k, scratch + 4 * k
+            if load_int(place + 4 * _ROW) == 0:
+                continue
+            total = fma(load_float(factor), load(_corner(maps, place, 0, stride)), total)
+            lower = fma(load_float(factor + 2 * _ROW), load(_corner(maps, place, 2, stride)), lower)
+            total = fma(load_float(factor + _ROW), load(_corner(maps, place, 1, stride)), total)
+            lower = fma(load_float(factor + 3 * _ROW), load(_corner(maps, place, 3, stride)), lower)
+        store(out, add(total, lower))
+
+    @_part
+    def spread(at, factor, grad):
+        store(at, fma(load_float(factor), grad, load(at)))
+
+    @_part
+    def scatter(maps, grad_maps, stride, first, last, scratch, places, grad_out):
+        """Adds to the samples' dot products and, unless its address is 0, to grad_maps."""
+        grad = load(grad_out)
+        for k in range(first, last):
+            place, factor, dots = places + 4 * k, scratch + 4 * k, scratch + 10 * _ROW + 16 * k
+            if load_int(place + 4 * _ROW) == 0:
+                continue
+            at00, at01 = _corner(0, place, 0, stride), _corner(0, place, 1, stride)
+            at10, at11 = _corner(0, place, 2, stride), _corner(0, place, 3, stride)
+            upper0, upper1 = multiply(grad, load(maps + at00)), multiply(grad, load(maps + at01))
+            lower0, lower1 = multiply(grad, load(maps + at10)), multiply(grad, load(maps + at11))
+            store4(dots, add4(load4(dots), sum4(upper0, upper1, lower0, lower1)))
+            if grad_maps != 0:  # one corner after the other: clamped corners may be the same position
+                spread(grad_maps + at00, factor, grad)
+                spread(grad_maps + at01, factor + _ROW, grad)
+                spread(grad_maps + at10, factor + 2 * _ROW, grad)
+                spread(grad_maps + at11, factor + 3 * _ROW, grad)
+
+    return gather, scatter
+
+
+_gather64, _scatter64 = _channel_loops(64)
+_gather32, _scatter32 = _channel_loops(32)
+_gather16, _scatter16 = _channel_loops(16)
+_gather1, _scatter1 = _channel_loops(1)
+_zero1, _load1, _store1, *_ = operations(1)
+_zero16, _load16, _store16, *_ = operations(16)
+
+
+@_part
+def _copy(source, stride, target, target_stride, positions, count):
+    """count floats of each position, from one stride (bytes) to another; zeros if source is 0."""
     for i in range(positions):
-        a, b = np.uint64(at + i * stride), np.uint64(target_at + i * target_stride)
-        blocks = dim // 16
-        for _ in range(blocks):
-            store16(target, b, load16(source, a))
-            a, b = a + np.uint64(16), b + np.uint64(16)
-        for _ in range(dim - 16 * blocks):
-            target[b] = source[a]
-            a, b = a + np.uint64(1), b + np.uint64(1)
+        a, b, end = source + i * stride, target + i * target_stride, target + i * target_stride + 4 * count
+        while b + 64 <= end:
+            _store16(b, _load16(a) if source != 0 else _zero16())
+            a, b = a + 64, b + 64
+        while b < end:
+            _store1(b, _load1(a) if source != 0 else _zero1())
+            a, b = a + 4, b + 4
 
 
-@_compile
-def sample_lanes(value, locations, weights, slots, out, sizes, pack, first, last, first_query, last_query):
-    """Writes out for lanes [first, last) and queries [first_query, last_query).
-
-    sizes: (S, Q, H, D, L·P). pack: copy each lane's maps together first (pays when many queries read them).
-    """
-    positions, queries, heads, dim, samples = sizes
-    scratch = np.empty(_ROWS * _CHUNK, np.float32)
-    packed = np.empty(positions * dim if pack else 0, np.float32)
-    for lane in range(first, last):
-        n, h = lane // heads, lane % heads
-        maps, base, stride = value, (n * positions * heads + h) * dim, heads * dim
-        if pack:
-            _copy_lane(value, base, stride, packed, 0, dim, positions, dim)
-            maps, base, stride = packed, 0, dim
-        for q in range(first_query, last_query):
-            row = (n * queries + q) * heads + h
-            for d in range(dim):
-                out[row * dim + d] = _ZERO
-            for slot in range(0, samples, _CHUNK):
-                count = min(_CHUNK, samples - slot)
-                _place(locations, weights, row * samples + slot, count, slots, slot, samples, scratch)
-                _gather(maps, base, stride, weights, row * samples + slot, count, scratch, out, row * dim, dim)
+@_part
+def _gather(maps, stride, first, last, scratch, places, out, dim):
+    end = out + 4 * dim
+    while out + 256 <= end:
+        _gather64(maps, stride, first, last, scratch, places, out)
+        maps, out = maps + 256, out + 256
+    if out + 128 <= end:
+        _gather32(maps, stride, first, last, scratch, places, out)
+        maps, out = maps + 128, out + 128
+    if out + 64 <= end:
+        _gather16(maps, stride, first, last, scratch, places, out)
+        maps, out = maps + 64, out + 64
+    while out < end:
+        _gather1(maps, stride, first, last, scratch, places, out)
+        maps, out = maps + 4, out + 4
 
 
-@_inline
-def _gather(maps, base, stride, weights, first, count, scratch, out, out_at, dim):
-    """out[out_at : out_at + dim] += the placed samples, weighted."""
-    first, out_at, whole = np.uint64(first), np.uint64(out_at), dim // 16 * 16
-    for start in range(0, whole, 16):
-        at, into = base + start, out_at + np.uint64(start)
-        total, lower = load16(out, into), zero16()  # two sums, for the CPU to work on side by side
-        for i in range(count):
-            k = np.uint64(i)
-            if scratch[_INSIDE + k] == _ZERO or weights[first + k] == _ZERO:
-                continue
-            total = fma16(scratch[_C00 + k], load16(maps, _address(at, scratch[_AT00 + k], stride)), total)
-            lower = fma16(scratch[_C10 + k], load16(maps, _address(at, scratch[_AT10 + k], stride)), lower)
-            total = fma16(scratch[_C01 + k], load16(maps, _address(at, scratch[_AT01 + k], stride)), total)
-            lower = fma16(scratch[_C11 + k], load16(maps, _address(at, scratch[_AT11 + k], stride)), lower)
-        store16(out, into, fma16(_ONE, total, lower))
-    for d in range(whole, dim):
-        at, into = base + d, out_at + np.uint64(d)
-        for i in range(count):
-            k = np.uint64(i)
-            if scratch[_INSIDE + k] == _ZERO or weights[first + k] == _ZERO:
-                continue
-            out[into] += (
-                scratch[_C00 + k] * maps[_address(at, scratch[_AT00 + k], stride)]
-                + scratch[_C01 + k] * maps[_address(at, scratch[_AT01 + k], stride)]
-                + scratch[_C10 + k] * maps[_address(at, scratch[_AT10 + k], stride)]
-                + scratch[_C11 + k] * maps[_address(at, scratch[_AT11 + k], stride)]
-            )
+@_part
+def _scatter(maps, grad_maps, stride, first, last, scratch, places, grad_out, dim):
+    done, total, wanted = 0, 4 * dim, grad_maps != 0
+    while done < total:
+        at, into, pull = maps + done, grad_maps + done if wanted else 0, grad_out + done
+        if done + 256 <= total:
+            _scatter64(at, into, stride, first, last, scratch, places, pull)
+            done += 256
+        elif done + 128 <= total:
+            _scatter32(at, into, stride, first, last, scratch, places, pull)
+            done += 128
+        elif done + 64 <= total:
+            _scatter16(at, into, stride, first, last, scratch, places, pull)
+            done += 64
+        else:
+            _scatter1(at, into, stride, first, last, scratch, places, pull)
+            done += 4
 
 
-@_compile
-def sample_lanes_backward(
-    value,
-    locations,
-    weights,
-    slots,
-    grad_out,
-    grad_value,
-    grad_locations,
-    grad_weights,
-    sizes,
-    pack,
-    first,
-    last,
-    want_value,
-):
-    """Gradients for lanes [first, last). All three must start at zero; grad_value may be empty without want_value."""
-    positions, queries, heads, dim, samples = sizes
-    scratch = np.empty(_ROWS * _CHUNK, np.float32)
-    room = positions * dim if pack else 0
-    packed, packed_grad = np.empty(room, np.float32), np.empty(room if want_value else 0, np.float32)
-    for lane in range(first, last):
-        n, h = lane // heads, lane % heads
-        maps, grad_maps, base, stride = value, grad_value, (n * positions * heads + h) * dim, heads * dim
-        if pack:
-            _copy_lane(value, base, stride, packed, 0, dim, positions, dim)
-            packed_grad[:] = _ZERO
-            maps, grad_maps, base, stride = packed, packed_grad, 0, dim
-        for q in range(queries):
-            row = (n * queries + q) * heads + h
-            for slot in range(0, samples, _CHUNK):
-                begin, count = row * samples + slot, min(_CHUNK, samples - slot)
-                _place(locations, weights, begin, count, slots, slot, samples, scratch)
-                _scatter(maps, grad_maps, base, stride, count, scratch, grad_out, row * dim, dim, want_value)
-                _fold(weights, begin, count, slots, slot, samples, scratch, grad_locations, grad_weights)
-        if pack and want_value:
-            _copy_lane(packed_grad, 0, dim, grad_value, (n * positions * heads + h) * dim, heads * dim, positions, dim)
-
-
-@_inline
-def _scatter(maps, grad_maps, base, stride, count, scratch, grad_out, grad_at, dim, want_value):
-    """Dot products of the corners with grad_out into rows _DOT00 … _DOT11, and grad_out spread over grad_maps."""
-    grad_at, whole = np.uint64(grad_at), dim // 16 * 16
-    for i in range(count):
-        k = np.uint64(i)
-        dot00 = dot01 = dot10 = dot11 = _ZERO
-        if scratch[_INSIDE + k] != _ZERO:
-            at00, at01 = _address(base, scratch[_AT00 + k], stride), _address(base, scratch[_AT01 + k], stride)
-            at10, at11 = _address(base, scratch[_AT10 + k], stride), _address(base, scratch[_AT11 + k], stride)
-            c00, c01, c10, c11 = scratch[_C00 + k], scratch[_C01 + k], scratch[_C10 + k], scratch[_C11 + k]
-            for start in range(0, whole, 16):
-                d = np.uint64(start)
-                grad = load16(grad_out, grad_at + d)
-                dot00 += dot16(grad, load16(maps, at00 + d))
-                dot01 += dot16(grad, load16(maps, at01 + d))
-                dot10 += dot16(grad, load16(maps, at10 + d))
-                dot11 += dot16(grad, load16(maps, at11 + d))
-                if want_value:  # one corner after the other: clamped corners may be the same position
-                    store16(grad_maps, at00 + d, fma16(c00, grad, load16(grad_maps, at00 + d)))
-                    store16(grad_maps, at01 + d, fma16(c01, grad, load16(grad_maps, at01 + d)))
-                    store16(grad_maps, at10 + d, fma16(c10, grad, load16(grad_maps, at10 + d)))
-                    store16(grad_maps, at11 + d, fma16(c11, grad, load16(grad_maps, at11 + d)))
-            for rest in range(whole, dim):
-                d = np.uint64(rest)
-                single = grad_out[grad_at + d]
-                dot00 += single * maps[at00 + d]
-                dot01 += single * maps[at01 + d]
-                dot10 += single * maps[at10 + d]
-                dot11 += single * maps[at11 + d]
-                if want_value:
-                    grad_maps[at00 + d] += c00 * single
-                    grad_maps[at01 + d] += c01 * single
-                    grad_maps[at10 + d] += c10 * single
-                    grad_maps[at11 + d] += c11 * single
-        scratch[_DOT00 + k], scratch[_DOT01 + k], scratch[_DOT10 + k], scratch[_DOT11 + k] = dot00, dot01, dot10, dot11
-
-
-@_inline
-def _fold(weights, first, count, slots, slot, samples, scratch, grad_locations, grad_weights):
+@_part
+def _fold(weights_at, count, slots_at, columns, scratch_at, grad_locations_at, grad_weights_at):
     """Dot products and fractions of the placed samples → their gradients of weight and location."""
-    first, slot, samples = np.uint64(first), np.uint64(slot), np.uint64(samples)
+    weights, slots, scratch = _floats(weights_at, count), _floats(slots_at, 3 * columns), _floats(scratch_at, _ROWS * CHUNK)
+    grad_locations, grad_weights = _floats(grad_locations_at, 2 * count), _floats(grad_weights_at, count)
+    columns = np.uint64(columns)
     for i in range(count):
         k = np.uint64(i)
-        at, of_slot = first + k, slot + k
-        fx, fy, weight = scratch[_FX + k], scratch[_FY + k], weights[at]
-        dot00 = scratch[_DOT00 + k] * scratch[_LEFT + k] * scratch[_TOP + k]
-        dot01 = scratch[_DOT01 + k] * scratch[_RIGHT + k] * scratch[_TOP + k]
-        dot10 = scratch[_DOT10 + k] * scratch[_LEFT + k] * scratch[_BOTTOM + k]
-        dot11 = scratch[_DOT11 + k] * scratch[_RIGHT + k] * scratch[_BOTTOM + k]
+        fx, fy, weight = scratch[_FX + k], scratch[_FY + k], weights[k]
+        dots = _DOTS + np.uint64(4) * k
+        dot00 = scratch[dots] * scratch[_LEFT + k] * scratch[_TOP + k]
+        dot01 = scratch[dots + np.uint64(1)] * scratch[_RIGHT + k] * scratch[_TOP + k]
+        dot10 = scratch[dots + np.uint64(2)] * scratch[_LEFT + k] * scratch[_BOTTOM + k]
+        dot11 = scratch[dots + np.uint64(3)] * scratch[_RIGHT + k] * scratch[_BOTTOM + k]
         upper, lower = dot00 * (_ONE - fx) + dot01 * fx, dot10 * (_ONE - fx) + dot11 * fx
         slope = (dot01 - dot00) * (_ONE - fy) + (dot11 - dot10) * fy
-        grad_weights[at] = upper * (_ONE - fy) + lower * fy
-        grad_locations[at + at] = slope * weight * slots[of_slot]
-        grad_locations[at + at + np.uint64(1)] = (lower - upper) * weight * slots[samples + of_slot]
+        grad_weights[k] = upper * (_ONE - fy) + lower * fy
+        grad_locations[k + k] = slope * weight * slots[k]
+        grad_locations[k + k + np.uint64(1)] = (lower - upper) * weight * slots[columns + k]
+
+
+@_compile
+def sample_lanes(value, locations, weights, slots, out, sizes, group, pack, first, last, first_query, last_query):
+    """Writes out for lanes [first, last) and queries [first_query, last_query).
+
+    Args:
+        value, locations, weights, slots, out: addresses.
+        sizes: (S, Q, H, D, L·P).
+        group: how many heads make a group: 1, or as many as have at most CHUNK samples.
+        pack: copy each group's maps together first (pays when many queries read them).
+    """
+    positions, queries, heads, dim, samples = sizes
+    scratch, places = np.empty(_ROWS * CHUNK, np.float32), np.empty(5 * CHUNK, np.int32)
+    packed = np.empty(positions * dim * group if pack else 0, np.float32)
+    scratch_at, places_at = np.int64(scratch.ctypes.data), np.int64(places.ctypes.data)
+    for n in range(first // heads, (last + heads - 1) // heads):
+        end = min(last - n * heads, heads)
+        for start in range(max(first - n * heads, 0), end, group if pack else heads):
+            stop = min(start + group, end) if pack else end
+            maps, stride = value + 4 * (n * positions * heads + start) * dim, 4 * heads * dim
+            if pack:
+                wide = 4 * (stop - start) * dim
+                _copy(maps, stride, np.int64(packed.ctypes.data), wide, positions, wide // 4)
+                maps, stride = np.int64(packed.ctypes.data), wide
+            for q in range(first_query, last_query):
+                for h in range(start, stop, group):
+                    lane, together = (n * queries + q) * heads + h, min(group, stop - h)
+                    _copy(0, 0, out + 4 * lane * dim, 0, 1, together * dim)
+                    for slot in range(0, samples, CHUNK):
+                        at, each = lane * samples + slot, min(CHUNK, samples - slot)
+                        _place(locations + 8 * at, weights + 4 * at, together * each, slots + 4 * slot, group * samples,
+                            False, scratch_at, places_at)
+                        for j in range(together):
+                            _gather(maps + 4 * (h - start + j) * dim, stride, j * each, (j + 1) * each, scratch_at,
+                                places_at, out + 4 * (lane + j) * dim, dim)
+    return scratch.size + places.size + packed.size  # alive until here: their addresses were in use
+
+
+@_compile
+def sample_lanes_backward(value, locations, weights, slots, grad_out, grad_value, grad_locations, grad_weights, sizes, group, pack, first, last):
+    """Gradients for lanes [first, last), as `sample_lanes`. grad_value: 0 if not wanted; zeros before unless packed."""
+    positions, queries, heads, dim, samples = sizes
+    scratch, places = np.empty(_ROWS * CHUNK, np.float32), np.empty(5 * CHUNK, np.int32)
+    room = positions * dim * group if pack else 0
+    packed, packed_grad = np.empty(room, np.float32), np.empty(room if grad_value != 0 else 0, np.float32)
+    scratch_at, places_at = np.int64(scratch.ctypes.data), np.int64(places.ctypes.data)
+    for n in range(first // heads, (last + heads - 1) // heads):
+        end = min(last - n * heads, heads)
+        for start in range(max(first - n * heads, 0), end, group if pack else heads):
+            stop = min(start + group, end) if pack else end
+            offset, stride, wide = 4 * (n * positions * heads + start) * dim, 4 * heads * dim, 4 * (stop - start) * dim
+            maps, grad_maps = value + offset, grad_value + offset if grad_value != 0 else 0
+            if pack:
+                maps = np.int64(packed.ctypes.data)
+                _copy(value + offset, stride, maps, wide, positions, wide // 4)
+                if grad_value != 0:
+                    grad_maps = np.int64(packed_grad.ctypes.data)
+                    _copy(0, 0, grad_maps, wide, positions, wide // 4)
+                stride = wide
+            for q in range(queries):
+                for h in range(start, stop, group):
+                    lane, together = (n * queries + q) * heads + h, min(group, stop - h)
+                    for slot in range(0, samples, CHUNK):
+                        at, each = lane * samples + slot, min(CHUNK, samples - slot)
+                        count, columns = together * each, group * samples
+                        _place(locations + 8 * at, weights + 4 * at, count, slots + 4 * slot, columns, True, scratch_at, places_at)
+                        _copy(0, 0, scratch_at + 10 * _ROW, 0, 1, 4 * count)
+                        for j in range(together):
+                            away = 4 * (h - start + j) * dim
+                            _scatter(maps + away, grad_maps + away if grad_maps != 0 else 0, stride, j * each, (j + 1) * each, scratch_at,
+                                places_at, grad_out + 4 * (lane + j) * dim, dim)
+                        _fold(weights + 4 * at, count, slots + 4 * slot, columns, scratch_at, grad_locations + 8 * at, grad_weights + 4 * at)
+            if pack and grad_value != 0:
+                _copy(grad_maps, wide, grad_value + offset, 4 * heads * dim, positions, wide // 4)
+    return scratch.size + places.size + packed.size + packed_grad.size
