@@ -70,38 +70,41 @@ class _DeformSample(torch.autograd.Function):
         grad_value = None
         if ctx.needs_input_grad[0]:  # packed maps are written whole
             grad_value = torch.empty_like(value) if plan.pack else torch.zeros_like(value)
-        grad_locations, grad_weights, grad_out = torch.empty_like(locations), torch.empty_like(weights), grad_out.contiguous()
+        grad_locations, grad_weights, grad_out = (
+            torch.empty_like(locations),
+            torch.empty_like(weights),
+            grad_out.contiguous(),
+        )
+        maps = value.data_ptr(), 0 if grad_value is None else grad_value.data_ptr()
         tensors = (
-            *(tensor.data_ptr() for tensor in (value, locations, weights)),
-            plan.slots.ctypes.data,
+            locations.data_ptr(),
+            weights.data_ptr(),
+            plan.slots_at,
             grad_out.data_ptr(),
-            0 if grad_value is None else grad_value.data_ptr(),
             grad_locations.data_ptr(),
             grad_weights.data_ptr(),
         )
         _in_parallel(
-            lambda a, b: numba_loops.sample_lanes_backward(*tensors, plan.sizes, plan.group, plan.pack, a, b),
+            lambda a, b: numba_loops.sample_lanes_backward(*maps, tensors, plan.sizes, plan.group, plan.pack, a, b),
             plan.lanes,
             3 * plan.work,
         )
         return grad_value, None, grad_locations, grad_weights
 
 
-def _forward(
-    value: Tensor, spatial_shapes: tuple[tuple[int, int], ...], locations: Tensor, weights: Tensor
-) -> Tensor:
+def _forward(value: Tensor, spatial_shapes: tuple[tuple[int, int], ...], locations: Tensor, weights: Tensor) -> Tensor:
     """[N, Q, H·D] from contiguous float32 tensors."""
     plan = _plan(spatial_shapes, tuple(value.shape), tuple(weights.shape))
     queries = weights.shape[1]
     out = value.new_empty(weights.shape[0], queries, plan.sizes[2] * plan.sizes[3])
-    tensors = (value.data_ptr(), locations.data_ptr(), weights.data_ptr(), plan.slots.ctypes.data, out.data_ptr())
-    how = (plan.sizes, plan.group, plan.pack)
+    tensors = (locations.data_ptr(), weights.data_ptr(), plan.slots_at, out.data_ptr())
+    call = (value.data_ptr(), tensors, plan.sizes, plan.group, plan.pack)
     if plan.work < 2 * _MIN_WORK_PER_THREAD:
-        numba_loops.sample_lanes(*tensors, *how, 0, plan.lanes, 0, queries)
+        numba_loops.sample_lanes(*call, 0, plan.lanes, 0, queries)
     elif plan.pack or plan.lanes >= torch.get_num_threads():
-        _in_parallel(lambda a, b: numba_loops.sample_lanes(*tensors, *how, a, b, 0, queries), plan.lanes, plan.work)
+        _in_parallel(lambda a, b: numba_loops.sample_lanes(*call, a, b, 0, queries), plan.lanes, plan.work)
     else:  # few lanes, so cut along the queries instead
-        _in_parallel(lambda a, b: numba_loops.sample_lanes(*tensors, *how, 0, plan.lanes, a, b), queries, plan.work)
+        _in_parallel(lambda a, b: numba_loops.sample_lanes(*call, 0, plan.lanes, a, b), queries, plan.work)
     return out
 
 
@@ -114,6 +117,7 @@ class _Plan(NamedTuple):
         group: heads whose samples are placed at once, `numba_loops.CHUNK` of them at most.
         pack: whether a lane's queries read its maps often enough to pay for one copy of them.
         slots: [3 · group · L·P] float32: width, height and first position of the level of each sample of a group.
+        slots_at: its address.
         work: multiply-adds of the forward pass.
     """
 
@@ -122,6 +126,7 @@ class _Plan(NamedTuple):
     group: int
     pack: bool
     slots: np.ndarray
+    slots_at: int
     work: int
 
 
@@ -139,7 +144,7 @@ def _plan(spatial_shapes: tuple[tuple[int, int], ...], value: tuple[int, ...], w
     table = np.stack([shapes[:, 1], shapes[:, 0], np.cumsum(areas) - areas])  # [3, L]
     slots = np.tile(np.repeat(table, points, axis=1), group).astype(np.float32).reshape(-1)
     work = rows * queries * heads * samples * dim * 4
-    return _Plan((positions, queries, heads, dim, samples), rows * heads, group, pack, slots, work)
+    return _Plan((positions, queries, heads, dim, samples), rows * heads, group, pack, slots, slots.ctypes.data, work)
 
 
 def _in_parallel(call: Callable[[int, int], None], size: int, work: int) -> None:

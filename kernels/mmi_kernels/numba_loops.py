@@ -34,19 +34,20 @@ from llvmlite import ir
 from numba import carray, njit, types
 from numba.extending import intrinsic
 
-from mmi_kernels.numba_simd import add4, load4, load_float, load_int, operations, store4
+from mmi_kernels.numba_simd import add4, load4, load_float, load_int, operations, prefetch, store4
 
 CHUNK = 64
 """Samples placed at once."""
 
 _ZERO, _HALF, _ONE = np.float32(0.0), np.float32(0.5), np.float32(1.0)
-# Rows of the scratch array [_ROWS, CHUNK]: the corners' bilinear factors times the weight (top left … bottom right),
-# fractions, existing columns and rows (1 or 0), then four dot products per sample (backward). Rows of the scratch array
-# of integers: the corners' positions, and whether the sample is to be read at all.
-_C00, _C01, _C10, _C11, _FX, _FY, _LEFT, _RIGHT, _TOP, _BOTTOM, _DOTS = (np.uint64(i * CHUNK) for i in range(11))
-_ROWS = 14
-_AT00, _AT01, _AT10, _AT11, _LIVE = (np.uint64(i * CHUNK) for i in range(5))
+# Rows of a scratch array [_ROWS, CHUNK]. As int32: the corners' positions (top left … bottom right), and whether the
+# sample is to be read at all. As float32: the corners' bilinear factors times the weight, fractions, existing columns
+# and rows (1 or 0), then four dot products per sample (backward).
+_AT00, _AT01, _AT10, _AT11, _LIVE, _C00, _C01, _C10, _C11 = (np.uint64(i * CHUNK) for i in range(9))
+_FX, _FY, _LEFT, _RIGHT, _TOP, _BOTTOM, _DOTS = (np.uint64(i * CHUNK) for i in range(9, 16))
+_ROWS = 19
 _ROW = 4 * CHUNK  # bytes
+_LIVE_AT, _FACTORS_AT, _DOTS_AT = 4 * _ROW, 5 * _ROW, 15 * _ROW  # bytes
 _OPTIONS = {"nogil": True, "fastmath": {"reassoc", "contract", "nsz"}, "error_model": "numpy"}
 
 
@@ -76,11 +77,11 @@ def _floats(address, count):
 
 
 @_part
-def _place(locations_at, weights_at, count, slots_at, columns, zeros, scratch_at, places_at):
-    """Fills the scratch arrays for `count` samples in a row. zeros: whether samples of weight 0 are live."""
+def _place(locations_at, weights_at, count, slots_at, columns, zeros, scratch_at):
+    """Fills a scratch array for `count` samples in a row. zeros: whether samples of weight 0 are live."""
     locations, weights = _floats(locations_at, 2 * count), _floats(weights_at, count)
     slots, scratch = _floats(slots_at, 3 * columns), _floats(scratch_at, _ROWS * CHUNK)
-    places, columns = carray(_pointer(places_at), 5 * CHUNK, np.int32), np.uint64(columns)
+    places, columns = carray(_pointer(scratch_at), _ROWS * CHUNK, np.int32), np.uint64(columns)
     for i in range(count):
         k = np.uint64(i)
         width, height, start = slots[k], slots[columns + k], slots[columns + columns + k]
@@ -118,8 +119,8 @@ def _place(locations_at, weights_at, count, slots_at, columns, zeros, scratch_at
 
 
 @_part
-def _corner(maps, place, corner, stride):
-    return maps + np.int64(load_int(place + corner * _ROW)) * stride
+def _corner(maps, sample, corner, stride):
+    return maps + np.int64(load_int(sample + corner * _ROW)) * stride
 
 
 def _channel_loops(width: int) -> tuple[Any, Any]:
@@ -127,17 +128,25 @@ def _channel_loops(width: int) -> tuple[Any, Any]:
     zero, load, store, add, multiply, fma, sum4 = operations(width)
 
     @_part
-    def gather(maps, stride, first, last, scratch, places, out):
-        """out += the samples, weighted."""
+    def fetch(maps, sample, stride):
+        for corner in range(4):
+            at = _corner(maps, sample, corner, stride)
+            for line in range(0, 4 * width, 64):
+                prefetch(at + line)
+
+    @_part
+    def gather(maps, stride, first, last, scratch, out, ahead, later):
+        """out += the samples, weighted; unless `ahead` is 0, fetches those of `later` on these maps."""
         total, lower = load(out), zero()  # two sums, for the CPU to work on side by side
         for k in range(first, last):
-            place, factor = places + 4 * k, scratch + 4 * k
-            if load_int(place + 4 * _ROW) == 0:
-                continue
-            total = fma(load_float(factor), load(_corner(maps, place, 0, stride)), total)
-            lower = fma(load_float(factor + 2 * _ROW), load(_corner(maps, place, 2, stride)), lower)
-            total = fma(load_float(factor + _ROW), load(_corner(maps, place, 1, stride)), total)
-            lower = fma(load_float(factor + 3 * _ROW), load(_corner(maps, place, 3, stride)), lower)
+            sample, factor = scratch + 4 * k, scratch + 4 * k + _FACTORS_AT
+            if load_int(sample + _LIVE_AT) != 0:
+                total = fma(load_float(factor), load(_corner(maps, sample, 0, stride)), total)
+                lower = fma(load_float(factor + 2 * _ROW), load(_corner(maps, sample, 2, stride)), lower)
+                total = fma(load_float(factor + _ROW), load(_corner(maps, sample, 1, stride)), total)
+                lower = fma(load_float(factor + 3 * _ROW), load(_corner(maps, sample, 3, stride)), lower)
+            if ahead != 0 and load_int(later + 4 * k + _LIVE_AT) != 0:
+                fetch(ahead, later + 4 * k, stride)
         store(out, add(total, lower))
 
     @_part
@@ -145,15 +154,15 @@ def _channel_loops(width: int) -> tuple[Any, Any]:
         store(at, fma(load_float(factor), grad, load(at)))
 
     @_part
-    def scatter(maps, grad_maps, stride, first, last, scratch, places, grad_out):
+    def scatter(maps, grad_maps, stride, first, last, scratch, grad_out):
         """Adds to the samples' dot products and, unless its address is 0, to grad_maps."""
         grad = load(grad_out)
         for k in range(first, last):
-            place, factor, dots = places + 4 * k, scratch + 4 * k, scratch + 10 * _ROW + 16 * k
-            if load_int(place + 4 * _ROW) == 0:
+            sample, factor, dots = scratch + 4 * k, scratch + 4 * k + _FACTORS_AT, scratch + 16 * k + _DOTS_AT
+            if load_int(sample + _LIVE_AT) == 0:
                 continue
-            at00, at01 = _corner(0, place, 0, stride), _corner(0, place, 1, stride)
-            at10, at11 = _corner(0, place, 2, stride), _corner(0, place, 3, stride)
+            at00, at01 = _corner(0, sample, 0, stride), _corner(0, sample, 1, stride)
+            at10, at11 = _corner(0, sample, 2, stride), _corner(0, sample, 3, stride)
             upper0, upper1 = multiply(grad, load(maps + at00)), multiply(grad, load(maps + at01))
             lower0, lower1 = multiply(grad, load(maps + at10)), multiply(grad, load(maps + at11))
             store4(dots, add4(load4(dots), sum4(upper0, upper1, lower0, lower1)))
@@ -188,45 +197,51 @@ def _copy(source, stride, target, target_stride, positions, count):
 
 
 @_part
-def _gather(maps, stride, first, last, scratch, places, out, dim):
-    end = out + 4 * dim
-    while out + 256 <= end:
-        _gather64(maps, stride, first, last, scratch, places, out)
-        maps, out = maps + 256, out + 256
-    if out + 128 <= end:
-        _gather32(maps, stride, first, last, scratch, places, out)
-        maps, out = maps + 128, out + 128
-    if out + 64 <= end:
-        _gather16(maps, stride, first, last, scratch, places, out)
-        maps, out = maps + 64, out + 64
-    while out < end:
-        _gather1(maps, stride, first, last, scratch, places, out)
-        maps, out = maps + 4, out + 4
+def _gather(maps, stride, first, last, scratch, out, dim, ahead, later):
+    done, total = 0, 4 * dim
+    while done < total:
+        at, into, soon = maps + done, out + done, ahead + done if ahead != 0 else 0
+        if done + 256 <= total:
+            _gather64(at, stride, first, last, scratch, into, soon, later)
+            done += 256
+        elif done + 128 <= total:
+            _gather32(at, stride, first, last, scratch, into, soon, later)
+            done += 128
+        elif done + 64 <= total:
+            _gather16(at, stride, first, last, scratch, into, soon, later)
+            done += 64
+        else:
+            _gather1(at, stride, first, last, scratch, into, 0, 0)
+            done += 4
 
 
 @_part
-def _scatter(maps, grad_maps, stride, first, last, scratch, places, grad_out, dim):
+def _scatter(maps, grad_maps, stride, first, last, scratch, grad_out, dim):
     done, total, wanted = 0, 4 * dim, grad_maps != 0
     while done < total:
         at, into, pull = maps + done, grad_maps + done if wanted else 0, grad_out + done
         if done + 256 <= total:
-            _scatter64(at, into, stride, first, last, scratch, places, pull)
+            _scatter64(at, into, stride, first, last, scratch, pull)
             done += 256
         elif done + 128 <= total:
-            _scatter32(at, into, stride, first, last, scratch, places, pull)
+            _scatter32(at, into, stride, first, last, scratch, pull)
             done += 128
         elif done + 64 <= total:
-            _scatter16(at, into, stride, first, last, scratch, places, pull)
+            _scatter16(at, into, stride, first, last, scratch, pull)
             done += 64
         else:
-            _scatter1(at, into, stride, first, last, scratch, places, pull)
+            _scatter1(at, into, stride, first, last, scratch, pull)
             done += 4
 
 
 @_part
 def _fold(weights_at, count, slots_at, columns, scratch_at, grad_locations_at, grad_weights_at):
     """Dot products and fractions of the placed samples → their gradients of weight and location."""
-    weights, slots, scratch = _floats(weights_at, count), _floats(slots_at, 3 * columns), _floats(scratch_at, _ROWS * CHUNK)
+    weights, slots, scratch = (
+        _floats(weights_at, count),
+        _floats(slots_at, 3 * columns),
+        _floats(scratch_at, _ROWS * CHUNK),
+    )
     grad_locations, grad_weights = _floats(grad_locations_at, 2 * count), _floats(grad_weights_at, count)
     columns = np.uint64(columns)
     for i in range(count):
@@ -244,20 +259,77 @@ def _fold(weights_at, count, slots_at, columns, scratch_at, grad_locations_at, g
         grad_locations[k + k + np.uint64(1)] = (lower - upper) * weight * slots[columns + k]
 
 
+@_part
+def _after(q, h, slot, start, stop, group, samples):
+    """(query, first head, first sample) of the next step; a step is a chunk of samples of one query and group."""
+    if slot + CHUNK < samples:
+        return q, h, slot + CHUNK
+    if h + group < stop:
+        return q, h + group, 0
+    return q + 1, start, 0
+
+
+@_part
+def _place_step(tensors, sizes, group, n, q, h, stop, slot, zeros, scratch):
+    """`_place` for one step."""
+    _, queries, heads, _, samples = sizes
+    locations, weights, slots = tensors[0], tensors[1], tensors[2]
+    at = ((n * queries + q) * heads + h) * samples + slot
+    count = min(group, stop - h) * min(CHUNK, samples - slot)
+    _place(locations + 8 * at, weights + 4 * at, count, slots + 4 * slot, group * samples, zeros, scratch)
+
+
+@_part
+def _sweep(maps, stride, tensors, sizes, group, n, start, stop, first_query, last_query, fetch, scratch, later):
+    """`sample_lanes` for heads [start, stop) of row n, whose maps are given; scratch and later: two scratch arrays.
+
+    A step is placed before the one ahead of it is gathered, which meanwhile fetches its corners, if asked to.
+    """
+    _, queries, heads, dim, samples = sizes
+    q, h, slot = first_query, start, 0
+    if q < last_query:
+        _place_step(tensors, sizes, group, n, q, h, stop, slot, False, scratch)
+    while q < last_query:
+        next_q, next_h, next_slot = _after(q, h, slot, start, stop, group, samples)
+        if next_q < last_query:
+            _place_step(tensors, sizes, group, n, next_q, next_h, stop, next_slot, False, later)
+        ahead = maps + 4 * (next_h - start) * dim if fetch and next_q < last_query else 0
+        together, each = min(group, stop - h), min(CHUNK, samples - slot)
+        here, out = maps + 4 * (h - start) * dim, tensors[3] + 4 * ((n * queries + q) * heads + h) * dim
+        if slot == 0:
+            _copy(0, 0, out, 0, 1, together * dim)
+        for j in range(together):
+            away = 4 * j * dim
+            _gather(
+                here + away,
+                stride,
+                j * each,
+                (j + 1) * each,
+                scratch,
+                out + away,
+                dim,
+                ahead + away if ahead != 0 else 0,
+                later,
+            )
+        q, h, slot = next_q, next_h, next_slot
+        scratch, later = later, scratch
+
+
 @_compile
-def sample_lanes(value, locations, weights, slots, out, sizes, group, pack, first, last, first_query, last_query):
+def sample_lanes(value, tensors, sizes, group, pack, first, last, first_query, last_query):
     """Writes out for lanes [first, last) and queries [first_query, last_query).
 
     Args:
-        value, locations, weights, slots, out: addresses.
+        value: address.
+        tensors: addresses of locations, weights, slots, out.
         sizes: (S, Q, H, D, L·P).
         group: how many heads make a group: 1, or as many as have at most CHUNK samples.
         pack: copy each group's maps together first (pays when many queries read them).
     """
-    positions, queries, heads, dim, samples = sizes
-    scratch, places = np.empty(_ROWS * CHUNK, np.float32), np.empty(5 * CHUNK, np.int32)
+    positions, _, heads, dim, _ = sizes
+    scratch = np.empty(2 * _ROWS * CHUNK, np.float32)
     packed = np.empty(positions * dim * group if pack else 0, np.float32)
-    scratch_at, places_at = np.int64(scratch.ctypes.data), np.int64(places.ctypes.data)
+    scratch_at, packed_at = np.int64(scratch.ctypes.data), np.int64(packed.ctypes.data)
     for n in range(first // heads, (last + heads - 1) // heads):
         end = min(last - n * heads, heads)
         for start in range(max(first - n * heads, 0), end, group if pack else heads):
@@ -265,56 +337,79 @@ def sample_lanes(value, locations, weights, slots, out, sizes, group, pack, firs
             maps, stride = value + 4 * (n * positions * heads + start) * dim, 4 * heads * dim
             if pack:
                 wide = 4 * (stop - start) * dim
-                _copy(maps, stride, np.int64(packed.ctypes.data), wide, positions, wide // 4)
-                maps, stride = np.int64(packed.ctypes.data), wide
-            for q in range(first_query, last_query):
-                for h in range(start, stop, group):
-                    lane, together = (n * queries + q) * heads + h, min(group, stop - h)
-                    _copy(0, 0, out + 4 * lane * dim, 0, 1, together * dim)
-                    for slot in range(0, samples, CHUNK):
-                        at, each = lane * samples + slot, min(CHUNK, samples - slot)
-                        _place(locations + 8 * at, weights + 4 * at, together * each, slots + 4 * slot, group * samples,
-                            False, scratch_at, places_at)
-                        for j in range(together):
-                            _gather(maps + 4 * (h - start + j) * dim, stride, j * each, (j + 1) * each, scratch_at,
-                                places_at, out + 4 * (lane + j) * dim, dim)
-    return scratch.size + places.size + packed.size  # alive until here: their addresses were in use
+                _copy(maps, stride, packed_at, wide, positions, wide // 4)
+                maps, stride = packed_at, wide
+            _sweep(
+                maps,
+                stride,
+                tensors,
+                sizes,
+                group,
+                n,
+                start,
+                stop,
+                first_query,
+                last_query,
+                not pack,
+                scratch_at,
+                scratch_at + _ROWS * _ROW,
+            )
+    return scratch.size + packed.size  # alive until here: their addresses were in use
+
+
+@_part
+def _sweep_backward(maps, grad_maps, stride, tensors, sizes, group, n, start, stop, scratch):
+    """`sample_lanes_backward` for heads [start, stop) of row n, whose maps are given."""
+    _, queries, heads, dim, samples = sizes
+    _, weights, slots, grad_out, grad_locations, grad_weights = tensors
+    q, h, slot = 0, start, 0
+    while q < queries:
+        _place_step(tensors, sizes, group, n, q, h, stop, slot, True, scratch)
+        lane, together, each = (n * queries + q) * heads + h, min(group, stop - h), min(CHUNK, samples - slot)
+        _copy(0, 0, scratch + _DOTS_AT, 0, 1, 4 * together * each)
+        for j in range(together):
+            away, pull = 4 * (h - start + j) * dim, grad_out + 4 * (lane + j) * dim
+            into = grad_maps + away if grad_maps != 0 else 0
+            _scatter(maps + away, into, stride, j * each, (j + 1) * each, scratch, pull, dim)
+        at = lane * samples + slot
+        _fold(
+            weights + 4 * at,
+            together * each,
+            slots + 4 * slot,
+            group * samples,
+            scratch,
+            grad_locations + 8 * at,
+            grad_weights + 4 * at,
+        )
+        q, h, slot = _after(q, h, slot, start, stop, group, samples)
 
 
 @_compile
-def sample_lanes_backward(value, locations, weights, slots, grad_out, grad_value, grad_locations, grad_weights, sizes, group, pack, first, last):
-    """Gradients for lanes [first, last), as `sample_lanes`. grad_value: 0 if not wanted; zeros before unless packed."""
-    positions, queries, heads, dim, samples = sizes
-    scratch, places = np.empty(_ROWS * CHUNK, np.float32), np.empty(5 * CHUNK, np.int32)
+def sample_lanes_backward(value, grad_value, tensors, sizes, group, pack, first, last):
+    """Gradients for lanes [first, last); arguments as of `sample_lanes`.
+
+    Args:
+        grad_value: address, 0 if not wanted. Must hold zeros unless maps are packed.
+        tensors: addresses of locations, weights, slots, grad_out, grad_locations, grad_weights.
+    """
+    positions, _, heads, dim, _ = sizes
+    scratch = np.empty(_ROWS * CHUNK, np.float32)
     room = positions * dim * group if pack else 0
-    packed, packed_grad = np.empty(room, np.float32), np.empty(room if grad_value != 0 else 0, np.float32)
-    scratch_at, places_at = np.int64(scratch.ctypes.data), np.int64(places.ctypes.data)
+    packed, packed_grad = np.empty(room, np.float32), np.empty(room, np.float32)
     for n in range(first // heads, (last + heads - 1) // heads):
         end = min(last - n * heads, heads)
         for start in range(max(first - n * heads, 0), end, group if pack else heads):
             stop = min(start + group, end) if pack else end
-            offset, stride, wide = 4 * (n * positions * heads + start) * dim, 4 * heads * dim, 4 * (stop - start) * dim
+            offset, stride = 4 * (n * positions * heads + start) * dim, 4 * heads * dim
             maps, grad_maps = value + offset, grad_value + offset if grad_value != 0 else 0
             if pack:
-                maps = np.int64(packed.ctypes.data)
+                wide = 4 * (stop - start) * dim
+                maps, grad_maps = np.int64(packed.ctypes.data), np.int64(packed_grad.ctypes.data)
                 _copy(value + offset, stride, maps, wide, positions, wide // 4)
-                if grad_value != 0:
-                    grad_maps = np.int64(packed_grad.ctypes.data)
-                    _copy(0, 0, grad_maps, wide, positions, wide // 4)
+                _copy(0, 0, grad_maps, wide, positions, wide // 4)
                 stride = wide
-            for q in range(queries):
-                for h in range(start, stop, group):
-                    lane, together = (n * queries + q) * heads + h, min(group, stop - h)
-                    for slot in range(0, samples, CHUNK):
-                        at, each = lane * samples + slot, min(CHUNK, samples - slot)
-                        count, columns = together * each, group * samples
-                        _place(locations + 8 * at, weights + 4 * at, count, slots + 4 * slot, columns, True, scratch_at, places_at)
-                        _copy(0, 0, scratch_at + 10 * _ROW, 0, 1, 4 * count)
-                        for j in range(together):
-                            away = 4 * (h - start + j) * dim
-                            _scatter(maps + away, grad_maps + away if grad_maps != 0 else 0, stride, j * each, (j + 1) * each, scratch_at,
-                                places_at, grad_out + 4 * (lane + j) * dim, dim)
-                        _fold(weights + 4 * at, count, slots + 4 * slot, columns, scratch_at, grad_locations + 8 * at, grad_weights + 4 * at)
+            wanted = grad_maps if grad_value != 0 else 0
+            _sweep_backward(maps, wanted, stride, tensors, sizes, group, n, start, stop, np.int64(scratch.ctypes.data))
             if pack and grad_value != 0:
-                _copy(grad_maps, wide, grad_value + offset, 4 * heads * dim, positions, wide // 4)
-    return scratch.size + places.size + packed.size + packed_grad.size
+                _copy(grad_maps, stride, grad_value + offset, 4 * heads * dim, positions, stride // 4)
+    return scratch.size + packed.size + packed_grad.size  # as above

@@ -81,6 +81,21 @@ def _load_store(vector: Any, block: Any) -> tuple[Any, Any]:
     return load, store
 
 
+@intrinsic
+def prefetch(typing_context: Any, address: Any) -> Any:
+    """Asks for the cache line at an address, into the second-level cache: the first has few places for one stride."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        pointer = ir.IntType(8).as_pointer()
+        kind = ir.FunctionType(ir.VoidType(), [pointer, _INT, _INT, _INT])
+        function = builder.module.declare_intrinsic("llvm.prefetch", [pointer], kind)
+        read, second_level, data = (ir.Constant(_INT, number) for number in (0, 2, 1))
+        builder.call(function, [builder.inttoptr(args[0], pointer), read, second_level, data])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), generate
+
+
 def operations(width: int) -> Operations:
     """The operations on blocks of ``width`` numbers, a power of two."""
     block, vector = Block(width), ir.VectorType(_FLOAT, width)
