@@ -43,12 +43,17 @@ def deform_sample_numba(
     Returns: [N, Q, H·D] in value's dtype.
     """
     dtype = value.dtype
-    value, locations, weights = (tensor.float().contiguous() for tensor in (value, locations, weights))
+    value, locations, weights = _plain(value), _plain(locations), _plain(weights)
     if torch.is_grad_enabled() and (value.requires_grad or locations.requires_grad or weights.requires_grad):
         out: Tensor = _DeformSample.apply(value, spatial_shapes, locations, weights)
     else:
         out = _forward(value, spatial_shapes, locations, weights)
-    return out.to(dtype)
+    return out if dtype == torch.float32 else out.to(dtype)
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """The tensor in contiguous float32."""
+    return tensor if tensor.dtype == torch.float32 and tensor.is_contiguous() else tensor.float().contiguous()
 
 
 class _DeformSample(torch.autograd.Function):
@@ -66,7 +71,7 @@ class _DeformSample(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, None, Tensor | None, Tensor | None]:
         value, locations, weights = ctx.saved_tensors
-        plan = _plan(ctx.spatial_shapes, tuple(value.shape), tuple(weights.shape))
+        plan = _plan(ctx.spatial_shapes, value.shape, weights.shape)
         grad_value = None
         if ctx.needs_input_grad[0]:  # packed maps are written whole
             grad_value = torch.empty_like(value) if plan.pack else torch.zeros_like(value)
@@ -94,7 +99,7 @@ class _DeformSample(torch.autograd.Function):
 
 def _forward(value: Tensor, spatial_shapes: tuple[tuple[int, int], ...], locations: Tensor, weights: Tensor) -> Tensor:
     """[N, Q, H·D] from contiguous float32 tensors."""
-    plan = _plan(spatial_shapes, tuple(value.shape), tuple(weights.shape))
+    plan = _plan(spatial_shapes, value.shape, weights.shape)
     queries = weights.shape[1]
     out = value.new_empty(weights.shape[0], queries, plan.sizes[2] * plan.sizes[3])
     tensors = (locations.data_ptr(), weights.data_ptr(), plan.slots_at, out.data_ptr())
@@ -131,7 +136,7 @@ class _Plan(NamedTuple):
 
 
 @lru_cache(maxsize=256)
-def _plan(spatial_shapes: tuple[tuple[int, int], ...], value: tuple[int, ...], weights: tuple[int, ...]) -> _Plan:
+def _plan(spatial_shapes: tuple[tuple[int, int], ...], value: torch.Size, weights: torch.Size) -> _Plan:
     """For maps and the shapes of value [N, S, H, D] and weights [N, Q, H, L, P]."""
     rows, positions, heads, dim = value
     queries, points = weights[1], weights[4]
