@@ -3,8 +3,9 @@
 Place in the flow: `op.deform_sample` imports this file on the first call that the numba backend serves (importing it
 imports numba, about a second, and compiles or loads the compiled loops). Shapes were checked there.
 
-Tensors are handed over as numpy views without a copy when they are contiguous float32. 16-bit tensors are widened
-here and the result narrowed, so sums and coordinates are always float32.
+Contiguous float32 tensors are handed over by their address, without a copy. 16-bit tensors are widened here and the
+result narrowed, so sums and coordinates are always float32. What shapes decide is worked out once per form and looked
+up after that: sampling for one generated token takes about as long as ten calls of a Python function.
 
 Threads: as many as `torch.get_num_threads()`, from a pool of our own running GIL-free code. numba's own threading
 layers are not used: one of them breaks under concurrent calls, another ends the process after a fork, and their
@@ -42,6 +43,8 @@ def deform_sample_numba(
 
     Returns: [N, Q, H·D] in value's dtype.
     """
+    if torch.compiler.is_compiling():  # a traced graph has no addresses
+        return _untraced(value, spatial_shapes, locations, weights)
     dtype = value.dtype
     value, locations, weights = _plain(value), _plain(locations), _plain(weights)
     if torch.is_grad_enabled() and (value.requires_grad or locations.requires_grad or weights.requires_grad):
@@ -49,6 +52,11 @@ def deform_sample_numba(
     else:
         out = _forward(value, spatial_shapes, locations, weights)
     return out if dtype == torch.float32 else out.to(dtype)
+
+
+@torch.compiler.disable
+def _untraced(*arguments: Any) -> Tensor:
+    return deform_sample_numba(*arguments)
 
 
 def _plain(tensor: Tensor) -> Tensor:
@@ -75,20 +83,11 @@ class _DeformSample(torch.autograd.Function):
         grad_value = None
         if ctx.needs_input_grad[0]:  # packed maps are written whole
             grad_value = torch.empty_like(value) if plan.pack else torch.zeros_like(value)
-        grad_locations, grad_weights, grad_out = (
-            torch.empty_like(locations),
-            torch.empty_like(weights),
-            grad_out.contiguous(),
-        )
+        grad_locations, grad_weights = torch.empty_like(locations), torch.empty_like(weights)
+        grad_out = grad_out.contiguous()
         maps = value.data_ptr(), 0 if grad_value is None else grad_value.data_ptr()
-        tensors = (
-            locations.data_ptr(),
-            weights.data_ptr(),
-            plan.slots_at,
-            grad_out.data_ptr(),
-            grad_locations.data_ptr(),
-            grad_weights.data_ptr(),
-        )
+        outer = grad_out.data_ptr(), grad_locations.data_ptr(), grad_weights.data_ptr()
+        tensors = (locations.data_ptr(), weights.data_ptr(), plan.slots_at, *outer)
         _in_parallel(
             lambda a, b: numba_loops.sample_lanes_backward(*maps, tensors, plan.sizes, plan.group, plan.pack, a, b),
             plan.lanes,

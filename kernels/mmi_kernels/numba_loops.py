@@ -12,7 +12,7 @@ turns the locations into corner positions and fractions, branch-free so that the
 also takes the dot products of the corners with the output gradient and (3) folds them into the gradients of weight and
 location. With enough queries the group's maps are first copied together, since a stride of H·D floats between
 neighbouring positions would waste most of the cache; with few, one query takes all its heads before the next one
-starts, so that the pages it touches are few.
+starts, so that it touches few pages, and corners are fetched a group ahead (a fetch may name any address).
 
 Why lanes: the value gradient of a lane is written by one thread, queries in order, so threads need no atomics, the
 order of every sum is fixed, and a result depends neither on the number of threads nor on other rows: equal inputs,
@@ -235,15 +235,11 @@ def _scatter(maps, grad_maps, stride, first, last, scratch, grad_out, dim):
 
 
 @_part
-def _fold(weights_at, count, slots_at, columns, scratch_at, grad_locations_at, grad_weights_at):
-    """Dot products and fractions of the placed samples → their gradients of weight and location."""
-    weights, slots, scratch = (
-        _floats(weights_at, count),
-        _floats(slots_at, 3 * columns),
-        _floats(scratch_at, _ROWS * CHUNK),
-    )
-    grad_locations, grad_weights = _floats(grad_locations_at, 2 * count), _floats(grad_weights_at, count)
-    columns = np.uint64(columns)
+def _fold(weights_at, count, slots_at, columns, scratch_at, into):
+    """Dot products and fractions of the placed samples → their gradients of location and weight, addresses `into`."""
+    weights, slots = _floats(weights_at, count), _floats(slots_at, 3 * columns)
+    scratch, columns = _floats(scratch_at, _ROWS * CHUNK), np.uint64(columns)
+    grad_locations, grad_weights = _floats(into[0], 2 * count), _floats(into[1], count)
     for i in range(count):
         k = np.uint64(i)
         fx, fy, weight = scratch[_FX + k], scratch[_FY + k], weights[k]
@@ -280,12 +276,14 @@ def _place_step(tensors, sizes, group, n, q, h, stop, slot, zeros, scratch):
 
 
 @_part
-def _sweep(maps, stride, tensors, sizes, group, n, start, stop, first_query, last_query, fetch, scratch, later):
-    """`sample_lanes` for heads [start, stop) of row n, whose maps are given; scratch and later: two scratch arrays.
+def _sweep(maps, stride, tensors, sizes, group, n, heads_of, queries_of, fetch, scratch, later):
+    """`sample_lanes` for a range of heads of row n, whose maps are given; scratch and later: two scratch arrays.
 
     A step is placed before the one ahead of it is gathered, which meanwhile fetches its corners, if asked to.
     """
     _, queries, heads, dim, samples = sizes
+    start, stop = heads_of
+    first_query, last_query = queries_of
     q, h, slot = first_query, start, 0
     if q < last_query:
         _place_step(tensors, sizes, group, n, q, h, stop, slot, False, scratch)
@@ -300,17 +298,8 @@ def _sweep(maps, stride, tensors, sizes, group, n, start, stop, first_query, las
             _copy(0, 0, out, 0, 1, together * dim)
         for j in range(together):
             away = 4 * j * dim
-            _gather(
-                here + away,
-                stride,
-                j * each,
-                (j + 1) * each,
-                scratch,
-                out + away,
-                dim,
-                ahead + away if ahead != 0 else 0,
-                later,
-            )
+            first, soon = j * each, ahead + away if ahead != 0 else 0
+            _gather(here + away, stride, first, first + each, scratch, out + away, dim, soon, later)
         q, h, slot = next_q, next_h, next_slot
         scratch, later = later, scratch
 
@@ -339,21 +328,8 @@ def sample_lanes(value, tensors, sizes, group, pack, first, last, first_query, l
                 wide = 4 * (stop - start) * dim
                 _copy(maps, stride, packed_at, wide, positions, wide // 4)
                 maps, stride = packed_at, wide
-            _sweep(
-                maps,
-                stride,
-                tensors,
-                sizes,
-                group,
-                n,
-                start,
-                stop,
-                first_query,
-                last_query,
-                not pack,
-                scratch_at,
-                scratch_at + _ROWS * _ROW,
-            )
+            heads_of, queries_of, later = (start, stop), (first_query, last_query), scratch_at + _ROWS * _ROW
+            _sweep(maps, stride, tensors, sizes, group, n, heads_of, queries_of, not pack, scratch_at, later)
     return scratch.size + packed.size  # alive until here: their addresses were in use
 
 
@@ -369,18 +345,11 @@ def _sweep_backward(maps, grad_maps, stride, tensors, sizes, group, n, start, st
         _copy(0, 0, scratch + _DOTS_AT, 0, 1, 4 * together * each)
         for j in range(together):
             away, pull = 4 * (h - start + j) * dim, grad_out + 4 * (lane + j) * dim
-            into = grad_maps + away if grad_maps != 0 else 0
-            _scatter(maps + away, into, stride, j * each, (j + 1) * each, scratch, pull, dim)
+            onto = grad_maps + away if grad_maps != 0 else 0
+            _scatter(maps + away, onto, stride, j * each, (j + 1) * each, scratch, pull, dim)
         at = lane * samples + slot
-        _fold(
-            weights + 4 * at,
-            together * each,
-            slots + 4 * slot,
-            group * samples,
-            scratch,
-            grad_locations + 8 * at,
-            grad_weights + 4 * at,
-        )
+        count, into = together * each, (grad_locations + 8 * at, grad_weights + 4 * at)
+        _fold(weights + 4 * at, count, slots + 4 * slot, group * samples, scratch, into)
         q, h, slot = _after(q, h, slot, start, stop, group, samples)
 
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache, lru_cache
 from typing import NamedTuple
 
@@ -48,17 +48,15 @@ class BackendState(NamedTuple):
         return self.reason if self.available else f"unavailable: {self.reason}"
 
 
-@cache
+@torch.compiler.assume_constant_result
 def _numba_present() -> bool:
-    # Looks the package up without importing it: importing numba costs about a second.
-    return importlib.util.find_spec("numba") is not None
+    return _installed("numba")
 
 
 @cache
-def _numba() -> Callable[..., Tensor]:
-    from mmi_kernels.numba_cpu import deform_sample_numba
-
-    return deform_sample_numba
+def _installed(package: str) -> bool:
+    # Looks the package up without importing it: importing numba costs about a second.
+    return importlib.util.find_spec(package) is not None
 
 
 @torch.compiler.assume_constant_result
@@ -206,7 +204,9 @@ def deform_sample(
         in_cells = [(width, height) for height, width in shapes]
         return cuda_op.sample(value, shapes, locations.flatten(2), weights.flatten(2), in_cells, cuda_build.SAMPLE)
     if served_by == "numba":
-        return _numba()(value, shapes, locations, weights)
+        from mmi_kernels.numba_cpu import deform_sample_numba
+
+        return deform_sample_numba(value, shapes, locations, weights)
     return deform_sample_reference(value, shapes, locations, weights)
 
 
@@ -218,7 +218,8 @@ def _checked_shapes(
         raise ValueError("value, locations and weights must be floating-point tensors")
     if not value.device == locations.device == weights.device:
         raise ValueError(f"tensors on different devices: {value.device}, {locations.device}, {weights.device}")
-    return _fitting(tuple(map(tuple, spatial_shapes)), value.shape, locations.shape, weights.shape)
+    fitting = _fitting.__wrapped__ if torch.compiler.is_compiling() else _fitting  # tracing looks through no cache
+    return fitting(tuple(map(tuple, spatial_shapes)), value.shape, locations.shape, weights.shape)
 
 
 @lru_cache(maxsize=256)
