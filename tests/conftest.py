@@ -52,8 +52,8 @@ def pytest_sessionfinish() -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Registers and spilled bytes of the CUDA kernels, where ptxas could tell them."""
+    """Registers and spilled bytes of the CUDA kernels, where ptxas could tell them, and errors of all kernels."""
     for report in terminalreporter.stats.get("passed", ()):
         for name, value in report.user_properties if report.when == "call" else ():
-            if name == "registers":
-                terminalreporter.write_line(f"ptxas sm_90: {value}")
+            if name in ("registers", "errors"):
+                terminalreporter.write_line(f"{'ptxas sm_90' if name == 'registers' else 'error'}: {value}")

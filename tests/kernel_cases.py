@@ -159,3 +159,9 @@ def assert_as_good_as_torch(case: KernelCase, given: dict[str, Tensor], found: d
     for name, error in ours.items():
         assert error <= 2 * torchs[name] + floor, f"{name}: off by {error:.1e}, torch by {torchs[name]:.1e}"
     return {name: (ours[name], torchs[name]) for name in ours}
+
+
+def told(kernel: str, name: str, dtype: torch.dtype, found: dict[str, tuple[float, float]]) -> str:
+    """One line of the error table: ours / torch's, for each result."""
+    errors = ", ".join(f"{result} {ours:.1e} / {torchs:.1e}" for result, (ours, torchs) in found.items())
+    return f"{kernel}, {str(dtype).removeprefix('torch.')}, {name}: {errors}"

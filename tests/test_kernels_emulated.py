@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import emulator
 import pytest
 import torch
-from kernel_cases import CASES, KernelCase, assert_as_good_as_torch, draw, evaluate, operands, run
+from kernel_cases import CASES, KernelCase, assert_as_good_as_torch, draw, evaluate, operands, run, told
 from torch import Tensor
 
 from mmi_kernels import bench, bench_cuda, fused, op
@@ -45,10 +45,11 @@ def emulate(case: KernelCase, given: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_single_precision(name: str) -> None:
+def test_single_precision(name: str, record_property: Callable[[str, object], None]) -> None:
     case = CASES[name]
     given = draw(case, torch.float32)
-    assert_as_good_as_torch(case, given, emulate(case, given))
+    found = assert_as_good_as_torch(case, given, emulate(case, given))
+    record_property("errors", told("cuda emulated", name, torch.float32, found))
 
 
 @pytest.mark.parametrize(
@@ -62,10 +63,11 @@ def test_single_precision(name: str) -> None:
         ("sample, wide", torch.bfloat16),
     ],
 )
-def test_half_precision(name: str, dtype: torch.dtype) -> None:
+def test_half_precision(name: str, dtype: torch.dtype, record_property: Callable[[str, object], None]) -> None:
     case = CASES[name]
     given = draw(case, dtype)
-    assert_as_good_as_torch(case, given, emulate(case, given))
+    found = assert_as_good_as_torch(case, given, emulate(case, given))
+    record_property("errors", told("cuda emulated", name, dtype, found))
 
 
 @pytest.mark.parametrize("name", ["mmfs, odd sizes", "attention, narrow", "sample, two levels"])

@@ -22,6 +22,9 @@ CASES = {
     "more samples than a chunk": (1, [(4, 6)] * 11, 2, 16, 3, 7),
     "one query": (2, [(16, 16), (8, 8)], 4, 32, 1, 4),
     "many queries": (1, [(4, 4)], 2, 16, 64, 4),
+    "heads in groups with a rest": (1, [(6, 4)], 11, 70, 3, 7),
+    "maps copied in groups with a rest": (1, [(3, 3)], 3, 48, 12, 2),
+    "wide channels, many queries": (1, [(2, 3)], 2, 144, 9, 1),
 }
 
 
@@ -180,7 +183,16 @@ def test_sixteen_bit_values_are_summed_in_float32(dtype: torch.dtype, backend: s
     assert ((out.double() - exact).abs() <= torch.finfo(dtype).eps * exact.abs() + 1e-5).all()
 
 
-@pytest.mark.parametrize("case", ["many queries", "more samples than a chunk", "wide channels with a rest"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        "many queries",
+        "more samples than a chunk",
+        "wide channels with a rest",
+        "heads in groups with a rest",
+        "maps copied in groups with a rest",
+    ],
+)
 def test_numba_gives_equal_bits_for_any_neighbours_and_threads(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mmi_kernels.numba_cpu._MIN_WORK_PER_THREAD", 1)  # even these small calls use all threads
     value, shapes, locations, weights = draw(case)
@@ -203,3 +215,19 @@ def test_only_wanted_gradients_come_back() -> None:
     weights.requires_grad_()
     deform_sample(value, shapes, locations, weights, backend="numba").sum().backward()
     assert value.grad is None and locations.grad is None and weights.grad is not None
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # torch's own
+def test_numba_inside_a_compiled_function() -> None:
+    """The call breaks the graph: the addresses it takes are those of the tensors of each run."""
+    value, shapes, locations, weights = draw("two levels")
+
+    def function(value: Tensor) -> Tensor:
+        return deform_sample(value, shapes, locations, weights, backend="numba").square().sum()
+
+    compiled = torch.compile(function, backend="aot_eager")
+    for scale in (1.0, 3.0):
+        leaf = (value * scale).requires_grad_()
+        truth, found = function(leaf), compiled(leaf)
+        assert torch.equal(found, truth)
+        assert torch.equal(*(torch.autograd.grad(out, leaf)[0] for out in (found, truth)))

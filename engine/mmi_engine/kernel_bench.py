@@ -12,7 +12,6 @@ A figure is a dictionary with at least case, dtype, level ("op", "attention" or 
 from __future__ import annotations
 
 import json
-import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
@@ -27,7 +26,6 @@ Figure = dict[str, Any]
 
 OURS = ("mmi", "numba")
 _COLUMNS = ("torch", "torch compiled", "deformable-detr", "msda-triton")
-_LEAST_REPEATS = 5
 
 
 def device_of(wanted: str) -> str:
@@ -62,7 +60,7 @@ def run(
         compiled: also time torch under `torch.compile`, which needs a C++ compiler and is slow to start.
         levels: what to time, of "op", "attention" (CUDA alone) and "module"; default all the device has.
         pattern: only cases whose name contains it.
-        clock: "wall", or "processor" (op level on a CPU): the process's own time, to be used with one thread.
+        clock: "wall", or "processor" (on a CPU): the process's own time, to be used with one thread.
         on_case: called with the name of each case when its first figure is there.
 
     Raises:
@@ -84,7 +82,7 @@ def run(
         )
         rows.append(operations)
     if "module" in levels:
-        rows.append(modules(device, seconds / (5 if len(levels) > 1 else 1), pattern=pattern))
+        rows.append(modules(device, seconds / (5 if len(levels) > 1 else 1), pattern=pattern, clock=clock))
     seen = ""
     for row in chain(*rows):
         result["troubles" if "reason" in row else "figures"].append(row)
@@ -156,13 +154,12 @@ _LAYERS = (
 _CPU_LAYERS = (_LAYERS[0], ("U-Net 16²", 1280, 256, 1, (64, 32, 16, 8), 16), _LAYERS[3])
 
 
-def modules(device: str, seconds: float, *, pattern: str = "") -> Iterator[Figure]:
+def modules(device: str, seconds: float, *, pattern: str = "", clock: str = "wall") -> Iterator[Figure]:
     """An MMFS layer with cached values, by the kernel and by torch: bf16 on CUDA, fp32 on a CPU."""
     import torch
 
     from mmi_engine.model.config import MMFSConfig
     from mmi_engine.model.mmfs import MMFS
-    from mmi_kernels import backends
 
     on_cpu = torch.device(device).type == "cpu"
     dtype = torch.float32 if on_cpu else torch.bfloat16
@@ -183,72 +180,86 @@ def modules(device: str, seconds: float, *, pattern: str = "") -> Iterator[Figur
         def call(query: Any, values: Any, rest: Any = (module, reference, shapes, visible)) -> Any:
             return rest[0](query, rest[1], values, *rest[2:])
 
-        fast = ("numba" if backends()["numba"].available else None) if on_cpu else "cuda"
-        for backend in filter(None, ("torch", fast)):
-            module.backend = backend
-            where = {"case": name, "dtype": str(dtype).removeprefix("torch."), "level": "module"}
-            where["name"] = "mmi" if backend == "cuda" else backend
-            for step in ("forward", "training")[: 1 + (queries > 1)]:
-                yield where | {"step": step} | _measured(call, leaves, step, device, seconds / len(layers) / 4)
+        where = {"case": name, "dtype": str(dtype).removeprefix("torch."), "level": "module"}
+        share = seconds / len(layers) / 4
+        for step in ("forward", "training")[: 1 + (queries > 1)]:
+            found = (partial(_in_turns, clock=clock) if on_cpu else _on_device)(module, call, leaves, step, share)
+            yield from (where | {"step": step} | figure for figure in found)
 
 
-def _measured(call: Callable[..., Any], leaves: list[Any], step: str, device: str, seconds: float) -> Figure:
-    """The figures of one step: device time, memory and launches on CUDA, wall time on a CPU."""
+def _on_device(module: Any, call: Callable[..., Any], leaves: list[Any], step: str, seconds: float) -> list[Figure]:
+    """By torch and by the kernel: device time, memory and launches."""
     import torch
 
     from mmi_kernels import bench_cuda
 
-    pull = torch.ones_like(call(*leaves).detach())
-    if torch.device(device).type == "cuda":
-        found = bench_cuda.measure(call, leaves, pull, step, device)
+    figures = []
+    for backend in ("torch", "cuda"):
+        module.backend = backend
+        pull = torch.ones_like(call(*leaves).detach())
+        found = bench_cuda.measure(call, leaves, pull, step, str(pull.device))
         if step == "forward":
             with torch.no_grad():
                 found |= bench_cuda.launches(lambda: call(*leaves))
-        return found
+        figures.append({"name": "mmi" if backend == "cuda" else backend} | found)
+    return figures
 
-    def once() -> None:
+
+def _in_turns(
+    module: Any, call: Callable[..., Any], leaves: list[Any], step: str, seconds: float, *, clock: str
+) -> list[Figure]:
+    """By torch and numba (where it is there), turn about, as `mmi_kernels.bench` times the operation."""
+    import torch
+
+    from mmi_kernels import backends, bench
+
+    pull = torch.ones_like(call(*leaves).detach())
+
+    def once(backend: str) -> None:
+        module.backend = backend
         with torch.set_grad_enabled(step == "training"):
             out = call(*leaves)
         if step == "training":
             torch.autograd.grad(out, leaves, pull)
 
-    once()
-    times: list[float] = []
-    until = time.monotonic() + seconds
-    while len(times) < _LEAST_REPEATS or time.monotonic() < until:
-        start = time.perf_counter()
-        once()
-        times.append(time.perf_counter() - start)
-    times.sort()
-    middle = statistics.median(times)
-    spread = (times[-1 - len(times) // 5] - times[len(times) // 5]) / middle
-    return {"median_ms": middle * 1e3, "spread": spread, "repeats": len(times)}
+    names = ["torch", *(["numba"] if backends()["numba"].available else [])]
+    return [{"name": name} | found for name, found in bench.timed(once, names, seconds, bench.CLOCKS[clock]).items()]
 
 
-def compared(figures: Sequence[Figure]) -> list[tuple[tuple[str, str, str, str], dict[str, float]]]:
-    """((level, case, dtype, step), {implementation: ms}) in the order of the figures, levels together."""
-    found: dict[tuple[str, str, str, str], dict[str, float]] = {}
+def compared(figures: Sequence[Figure]) -> list[tuple[tuple[str, str, str, str], dict[str, float], dict[str, float]]]:
+    """((level, case, dtype, step), {name: ms}, {name: time over ours}) in the order of the figures, levels together.
+
+    Where implementations took turns, the ratio is the median of the turns' ratios, else that of the medians.
+    """
+    found: dict[tuple[str, str, str, str], dict[str, Figure]] = {}
     for figure in figures:
         key = (figure["level"], figure["case"], figure["dtype"], figure["step"])
-        found.setdefault(key, {})[figure["name"]] = figure["median_ms"]
+        found.setdefault(key, {})[figure["name"]] = figure
     order = {level: i for i, level in enumerate(("attention", "op", "module"))}
-    return sorted(found.items(), key=lambda item: order.get(item[0][0], 9))
+    rows = []
+    for key, by_name in sorted(found.items(), key=lambda item: order.get(item[0][0], 9)):
+        times = {name: figure["median_ms"] for name, figure in by_name.items()}
+        own = next((by_name[name] for name in OURS if name in by_name), None)
+        ratios = {name: time / own["median_ms"] for name, time in times.items()} if own else {}
+        if own and "torch" in ratios and "speedup" in own:
+            ratios["torch"] = own["speedup"]
+        rows.append((key, times, ratios))
+    return rows
 
 
 def table(figures: Sequence[Figure]) -> list[tuple[str, ...]]:
     """Rows of text, the first a header: milliseconds, and in brackets the time over ours (above 1: ours is faster)."""
     groups = compared(figures)
-    present = {name for _, times in groups for name in times}
+    present = {name for _, times, _ in groups for name in times}
     others = [name for name in (*_COLUMNS, *sorted(present - {*_COLUMNS, *OURS})) if name in present]
     mine = next((name for name in OURS if name in present), None)
     rows: list[tuple[str, ...]] = [("level", "case", "dtype", "step", *([f"{mine} ms"] if mine else []), *others)]
-    for (level, case, dtype, step), times in groups:
-        own = times.get(mine) if mine else None
-        cells = [f"{own:.3f}" if own else "–"] if mine else []
+    for key, times, ratios in groups:
+        cells = [f"{times[mine]:.3f}" if mine in times else "–"] if mine else []
         for name in others:
-            ratio = f" ({times[name] / own:.2f}×)" if own and name in times else ""
+            ratio = f" ({ratios[name]:.2f}×)" if name in ratios else ""
             cells.append(f"{times[name]:.3f}{ratio}" if name in times else "–")
-        rows.append((level, case, dtype, step, *cells))
+        rows.append((*key, *cells))
     return rows
 
 
@@ -268,19 +279,19 @@ def plot(figures: Sequence[Figure], path: Path, *, title: str = "") -> None:
 
     groups = compared(figures)
     level = groups[0][0][0] if groups else "op"
-    groups = [(key, times) for key, times in groups if key[0] == level and not set(OURS).isdisjoint(times)]
-    dtypes = [d for d in ("float32", "bfloat16") if any(key[2] == d for key, _ in groups)]
-    steps = [s for s in ("forward", "training") if any(key[3] == s for key, _ in groups)]
+    groups = [group for group in groups if group[0][0] == level and group[2]]
+    dtypes = [d for d in ("float32", "bfloat16") if any(key[2] == d for key, _, _ in groups)]
+    steps = [s for s in ("forward", "training") if any(key[3] == s for key, _, _ in groups)]
     if not dtypes or not steps:
         return
-    names = [n for n in _COLUMNS if any(n in times for _, times in groups)]
-    cases = list(dict.fromkeys(key[1] for key, _ in groups))
+    names = [n for n in _COLUMNS if any(n in times for _, times, _ in groups)]
+    cases = list(dict.fromkeys(key[1] for key, _, _ in groups))
     size = (5.5 * len(steps) + 2, (0.42 * len(cases) + 1) * len(dtypes) + 0.8)
     figure, panels = pyplot.subplots(len(dtypes), len(steps), figsize=size, squeeze=False, sharex=True, sharey=True)
     for i, dtype in enumerate(dtypes):
         for j, step in enumerate(steps):
             axes = panels[i][j]
-            _bars(axes, {key[1]: times for key, times in groups if key[2:] == (dtype, step)}, cases, names)
+            _bars(axes, {key[1]: ratios for key, _, ratios in groups if key[2:] == (dtype, step)}, cases, names)
             axes.set_title(f"{dtype}, {'forward' if step == 'forward' else 'forward + backward'}", fontsize=10)
     panels[0][0].invert_yaxis()
     handles = [pyplot.Rectangle((0, 0), 1, 1, color=f"C{i}") for i in range(len(names))]
@@ -291,14 +302,14 @@ def plot(figures: Sequence[Figure], path: Path, *, title: str = "") -> None:
     pyplot.close(figure)
 
 
-def _bars(axes: Any, times: dict[str, dict[str, float]], cases: list[str], names: list[str]) -> None:
+def _bars(axes: Any, ratios: dict[str, dict[str, float]], cases: list[str], names: list[str]) -> None:
     """One panel: horizontal bars from 1, in the colour of each implementation."""
     thick = 0.8 / max(len(names), 1)
     for row, case in enumerate(cases):
-        own = next((times[case][name] for name in OURS if name in times.get(case, {})), None)
         for i, name in enumerate(names):
-            if own and name in times[case]:
-                ratio, place = times[case][name] / own, row - 0.4 + (i + 0.5) * thick
+            ratio = ratios.get(case, {}).get(name)
+            if ratio:
+                place = row - 0.4 + (i + 0.5) * thick
                 axes.barh(place, ratio - 1, thick, left=1, color=f"C{i}")
                 axes.text(max(ratio, 1) * 1.04, place, f"{ratio:.1f}×", va="center", fontsize=7)
     axes.set_xscale("log")

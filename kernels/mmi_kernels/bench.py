@@ -8,8 +8,9 @@ float32 reference is (plus a floor of a few units in the last place), else the c
 
 Figures per case, backend and pass ("forward", "training" = forward + backward): the median in milliseconds, the spread
 (80th minus 20th percentile over the median), and the speed relative to torch. The backends take turns within each
-repetition, so a load that comes and goes hits them alike: on a shared machine read the ratios, not the milliseconds,
-and prefer the processor clock with one thread.
+repetition, every other time in reverse, and the speed is the median over repetitions of torch's time over theirs: a
+load that comes and goes, or a cache left warm, hits them alike. On a shared machine read the ratios, not the
+milliseconds, and prefer the processor clock with one thread.
 
 Shapes: the MMFS calls of the released model (LLM: 16 heads × 64 channels, 8 points, levels 32², 16², 8²; image decoder:
 the same with levels 64² … 8²; vision adapter: 16 × 32, 4 points), rows and queries cut to what a CPU does in seconds,
@@ -26,7 +27,8 @@ import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, partial
+from operator import truediv
 from typing import Any
 
 import numpy as np
@@ -39,7 +41,7 @@ from mmi_kernels.reference import deform_sample_reference
 # A median of fewer repetitions means little; the float32 floor is in units of the largest magnitude.
 _LEAST_REPEATS = 5
 _FLOOR = 2e-6
-_CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "processor": time.process_time}
+CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "processor": time.process_time}
 COMPILED = "torch compiled"
 """The torch backend under `torch.compile`, as a name among the backends."""
 _RESULTS = ("output", "value gradient", "locations gradient", "weights gradient")
@@ -121,7 +123,7 @@ CASES: tuple[Case, ...] = (
 
 @dataclass(frozen=True)
 class Row:
-    """One measured figure. `speedup` is torch's median over this one; `error` the worst relative error found."""
+    """One measured figure. `speedup` is the median of torch's time over this one's; `error` the worst error found."""
 
     case: str
     backend: str
@@ -169,7 +171,7 @@ def run(
     rows: list[Row] = []
     for case in cases:
         errors = verify(case, names, device)
-        for row in _timed(case, names, device, seconds, errors, _CLOCKS[clock]):
+        for row in _timed(case, names, device, seconds, errors, CLOCKS[clock]):
             rows.append(row)
             if on_row is not None:
                 on_row(row)
@@ -243,48 +245,47 @@ def _timed(
 
     rows = []
     for step, call in (("forward", forward), ("training", training))[: 1 + case.training]:
-        times = _turns(call, names, device, seconds, clock)
-        measure = statistics.median(times[names[0]])
-        for name in names:
-            low, middle, high = np.quantile(times[name], [0.2, 0.5, 0.8]).tolist()
-            rows.append(
-                Row(
-                    case.name,
-                    name,
-                    step,
-                    middle * 1e3,
-                    (high - low) / middle,
-                    measure / middle,
-                    errors[name],
-                    len(times[name]),
-                )
-            )
+        for name, found in timed(partial(_finished, call, device), names, seconds, clock).items():
+            rows.append(Row(case.name, name, step, error=errors[name], **found))
     return rows
 
 
-def _turns(
-    call: Callable[[str], None],
-    names: Sequence[str],
-    device: torch.device | str,
-    seconds: float,
-    clock: Callable[[], float],
+def timed(
+    call: Callable[[str], None], names: Sequence[str], seconds: float, clock: Callable[[], float]
+) -> dict[str, dict[str, Any]]:
+    """{name: median_ms, spread, speedup over the first name, repeats} of `turns`."""
+    times, figures = turns(call, names, seconds, clock), {}
+    for name in names:
+        low, middle, high = np.quantile(times[name], [0.2, 0.5, 0.8]).tolist()
+        figures[name] = {
+            "median_ms": middle * 1e3,
+            "spread": (high - low) / middle,
+            "speedup": statistics.median(map(truediv, times[names[0]], times[name])),
+            "repeats": len(times[name]),
+        }
+    return figures
+
+
+def turns(
+    call: Callable[[str], None], names: Sequence[str], seconds: float, clock: Callable[[], float]
 ) -> dict[str, list[float]]:
-    """Seconds per call of each backend, taking turns until the time is up."""
+    """Seconds per call of each name, taking turns until the time is up: repetition i of all is item i of each list."""
     times: dict[str, list[float]] = {name: [] for name in names}
     for name in names:
         call(name)  # compiles, and warms caches
-    end = clock() + seconds
+    order, end = list(names), clock() + seconds
     while len(times[names[0]]) < _LEAST_REPEATS or clock() < end:
-        for name in names:
-            _wait(device)
+        for name in order:
             start = clock()
             call(name)
-            _wait(device)
             times[name].append(clock() - start)
+        order.reverse()
     return times
 
 
-def _wait(device: torch.device | str) -> None:
+def _finished(call: Callable[[str], None], device: torch.device | str, name: str) -> None:
+    """The call, and what it started on a device."""
+    call(name)
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
 

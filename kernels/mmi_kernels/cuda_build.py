@@ -35,13 +35,14 @@ _INSTALL = "pip install 'mmi[cuda13]' or 'mmi[cuda12]', whichever CUDA torch was
 SOURCE = Path(__file__).with_name("mmfs.cu")
 
 
-def layout(dim: int, dtype: torch.dtype) -> tuple[int, int]:
+def layout(dim: int, dtype: torch.dtype, backward: bool = False) -> tuple[int, int]:
     """(lanes of a group, channels per load) for ``dim`` channels per head.
 
     A load is at most 16 bytes and divides a head; eight lanes share a head unless it is small (one load per lane) or a
-    lane would hold more than 32 channels.
+    lane would hold more than 32 channels. Backward, a load is at most four channels in every dtype: lanes add that many
+    float32 gradients at once, and only if neighbours' lie side by side does each addition fill the memory's sectors.
     """
-    size = dtype.itemsize
+    size = 4 if backward else dtype.itemsize
     wide = next(n for n in (16 // size, 8 // size, 4 // size, 1) if dim % n == 0)
     chunks, lanes = dim // wide, 1
     while lanes < min(chunks, 8):
@@ -80,7 +81,7 @@ class Spec:
 
     def options(self) -> tuple[str, ...]:
         """Compiler options: the macros of `mmfs.cu`."""
-        lanes, wide = layout(self.dim, self.value)
+        lanes, wide = layout(self.dim, self.value, self.backward)
         macros = {
             "VT": KINDS[self.value],
             "QT": KINDS[self.query],

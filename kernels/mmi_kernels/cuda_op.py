@@ -138,16 +138,16 @@ class _Form:
         self.points = logits.shape[2] // (self.heads * self.levels)
         self.positions = sum(height * width for height, width in self.shapes)
         self.images = value.shape[1] // self.positions if mode == MMFS else 1
-        self.lanes = layout(self.dim, value.dtype)[0]
+        self.lanes, self.backward_lanes = (layout(self.dim, value.dtype, backward)[0] for backward in (False, True))
         self._check(value, offsets, logits, visible, rows)
         self.out_shape = (self.batch, self.queries, self.heads * self.dim)
         self.stats_shape = (self.batch, self.queries, self.heads, 2) if mode != SAMPLE else (0,)
         # Kept here because captured graphs and later calls point to it.
         self.level_table = levels_table(self.shapes, _pairs(scales), value.device)
         self.split = self._split()
-        self.blocks, width = self._grid(self.split)
+        self.blocks, width = self._grid(THREADS // self.lanes // self.split)
         self.sizes = self._sizes(offsets, logits, table_logits, reference, visible, width, self.split)
-        self.backward_blocks, width = self._grid(1)
+        self.backward_blocks, width = self._grid(THREADS // self.backward_lanes)
         self.backward_sizes = self._sizes(offsets, logits, table_logits, reference, visible, width, 1)
         spec = partial(Spec, value.dtype, logits.dtype, self.dim, self.points, mode)
         self.spec = spec(split=self.split > 1)
@@ -182,9 +182,9 @@ class _Form:
             split *= 2
         return split
 
-    def _grid(self, split: int) -> tuple[int, int]:
-        """(blocks, width of the query grid or 0): queries that form a square are cut into tiles of width 8."""
-        slots, side = THREADS // self.lanes // split, math.isqrt(self.queries)
+    def _grid(self, slots: int) -> tuple[int, int]:
+        """(blocks of so many queries, width of the query grid or 0): a square of queries is cut into tiles 8 wide."""
+        side = math.isqrt(self.queries)
         if side * side == self.queries and side >= 8 and slots >= 8:
             tiles = -(-side // 8) * -(-side // (slots // 8))
         else:

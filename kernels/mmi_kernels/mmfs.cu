@@ -13,9 +13,10 @@
 //   x = reference_x * W + offset_x * scale_x - 0.5 in cells; corners outside the map count as zero and are not read.
 //
 // Layout of the work: a group of MMI_G lanes serves one (query, head) and each lane MMI_K chunks of MMI_V channels
-// (16 bytes where D allows). The points of a level are dealt to the lanes: each computes place and corner weights of
-// its own and the group hears of them by shuffles. A block holds one head and neighbouring queries, which meet in L1.
-// With MMI_SPLIT a few groups share a query, each with its part of the (image, level) pairs (decoding, small maps).
+// (16 bytes where D allows, backward four channels at most). The points of a level are dealt to the lanes: each computes
+// place and corner weights of its own and the group hears of them by shuffles. A block holds one head and neighbouring
+// queries, which meet in L1. With MMI_SPLIT a few groups share a query, each with its part of the (image, level) pairs
+// (decoding, small maps).
 // All control flow around shuffles is uniform in a warp. Sums and coordinates are float, addresses 64-bit.
 //
 // Gradients of offsets and logits are written per relative index r (slot r - 1), so that those of the projections are

@@ -3,8 +3,9 @@
 Place in the flow: `op.deform_sample` imports this file on the first call that the numba backend serves (importing it
 imports numba, about a second, and compiles or loads the compiled loops). Shapes were checked there.
 
-Tensors are handed over as numpy views without a copy when they are contiguous float32. 16-bit tensors are widened
-here and the result narrowed, so sums and coordinates are always float32.
+Contiguous float32 tensors are handed over by their address, without a copy. 16-bit tensors are widened here and the
+result narrowed, so sums and coordinates are always float32. What shapes decide is worked out once per form and looked
+up after that: sampling for one generated token takes about as long as ten calls of a Python function.
 
 Threads: as many as `torch.get_num_threads()`, from a pool of our own running GIL-free code. numba's own threading
 layers are not used: one of them breaks under concurrent calls, another ends the process after a fork, and their
@@ -19,7 +20,7 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,7 +30,7 @@ from torch.autograd.function import once_differentiable
 from mmi_kernels import numba_loops
 
 # Below this many multiply-adds a call stays in its thread: waking a worker costs about as much.
-_MIN_WORK_PER_THREAD = 200_000
+_MIN_WORK_PER_THREAD = 2_000_000
 
 _pool: ThreadPoolExecutor | None = None
 _pool_size = 0
@@ -42,79 +43,112 @@ def deform_sample_numba(
 
     Returns: [N, Q, H·D] in value's dtype.
     """
+    if torch.compiler.is_compiling():  # a traced graph has no addresses
+        return _untraced(value, spatial_shapes, locations, weights)
     dtype = value.dtype
-    out: Tensor = _DeformSample.apply(value.float(), spatial_shapes, locations.float(), weights.float())
-    return out.to(dtype)
+    value, locations, weights = _plain(value), _plain(locations), _plain(weights)
+    if torch.is_grad_enabled() and (value.requires_grad or locations.requires_grad or weights.requires_grad):
+        out: Tensor = _DeformSample.apply(value, spatial_shapes, locations, weights)
+    else:
+        out = _forward(value, spatial_shapes, locations, weights)
+    return out if dtype == torch.float32 else out.to(dtype)
+
+
+@torch.compiler.disable
+def _untraced(*arguments: Any) -> Tensor:
+    return deform_sample_numba(*arguments)
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """The tensor in contiguous float32."""
+    return tensor if tensor.dtype == torch.float32 and tensor.is_contiguous() else tensor.float().contiguous()
 
 
 class _DeformSample(torch.autograd.Function):
-    """Once differentiable in value, locations and weights (float32, any strides)."""
+    """Once differentiable in value, locations and weights (float32, contiguous)."""
 
     @staticmethod
     def forward(
         ctx: Any, value: Tensor, spatial_shapes: tuple[tuple[int, int], ...], locations: Tensor, weights: Tensor
     ) -> Tensor:
-        value, locations, weights = value.contiguous(), locations.contiguous(), weights.contiguous()
         ctx.save_for_backward(value, locations, weights)
         ctx.spatial_shapes = spatial_shapes
-        rows, _, heads, dim = value.shape
-        queries = locations.shape[1]
-        out = value.new_empty(rows, queries, heads, dim)
-        flat = (_flat(value), _flat(locations), _flat(weights), _slots(spatial_shapes, weights.shape[4]), _flat(out))
-        sizes = _sizes(value, weights)
-
-        lanes, work = rows * heads, weights.numel() * dim * 4
-        pack = _worth_packing(sizes)
-        if lanes >= torch.get_num_threads() or pack:
-            _in_parallel(lambda a, b: numba_loops.sample_lanes(*flat, sizes, pack, a, b, 0, queries), lanes, work)
-        else:  # few lanes, so cut along the queries instead
-            _in_parallel(lambda a, b: numba_loops.sample_lanes(*flat, sizes, pack, 0, lanes, a, b), queries, work)
-        return out.flatten(2)
+        return _forward(value, spatial_shapes, locations, weights)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, None, Tensor | None, Tensor | None]:
         value, locations, weights = ctx.saved_tensors
-        rows, _, heads, dim = value.shape
-        want_value = ctx.needs_input_grad[0]
-        grad_value = torch.zeros_like(value) if want_value else value.new_empty(0)
-        grad_locations, grad_weights = torch.zeros_like(locations), torch.zeros_like(weights)
-        slots = _slots(ctx.spatial_shapes, weights.shape[4])
-        inputs = (_flat(value), _flat(locations), _flat(weights), slots, _flat(grad_out.contiguous()))
-        outputs = (_flat(grad_value), _flat(grad_locations), _flat(grad_weights))
-        sizes = _sizes(value, weights)
-        pack = _worth_packing(sizes)
+        plan = _plan(ctx.spatial_shapes, value.shape, weights.shape)
+        grad_value = None
+        if ctx.needs_input_grad[0]:  # packed maps are written whole
+            grad_value = torch.empty_like(value) if plan.pack else torch.zeros_like(value)
+        grad_locations, grad_weights = torch.empty_like(locations), torch.empty_like(weights)
+        grad_out = grad_out.contiguous()
+        maps = value.data_ptr(), 0 if grad_value is None else grad_value.data_ptr()
+        outer = grad_out.data_ptr(), grad_locations.data_ptr(), grad_weights.data_ptr()
+        tensors = (locations.data_ptr(), weights.data_ptr(), plan.slots_at, *outer)
         _in_parallel(
-            lambda a, b: numba_loops.sample_lanes_backward(*inputs, *outputs, sizes, pack, a, b, want_value),
-            rows * heads,
-            weights.numel() * dim * 12,
+            lambda a, b: numba_loops.sample_lanes_backward(*maps, tensors, plan.sizes, plan.group, plan.pack, a, b),
+            plan.lanes,
+            3 * plan.work,
         )
-        return grad_value if want_value else None, None, grad_locations, grad_weights
+        return grad_value, None, grad_locations, grad_weights
 
 
-def _flat(tensor: Tensor) -> np.ndarray:
-    """A one-dimensional numpy view of a contiguous CPU tensor; no copy."""
-    return tensor.detach().view(-1).numpy()
+def _forward(value: Tensor, spatial_shapes: tuple[tuple[int, int], ...], locations: Tensor, weights: Tensor) -> Tensor:
+    """[N, Q, H·D] from contiguous float32 tensors."""
+    plan = _plan(spatial_shapes, value.shape, weights.shape)
+    queries = weights.shape[1]
+    out = value.new_empty(weights.shape[0], queries, plan.sizes[2] * plan.sizes[3])
+    tensors = (locations.data_ptr(), weights.data_ptr(), plan.slots_at, out.data_ptr())
+    call = (value.data_ptr(), tensors, plan.sizes, plan.group, plan.pack)
+    if plan.work < 2 * _MIN_WORK_PER_THREAD:
+        numba_loops.sample_lanes(*call, 0, plan.lanes, 0, queries)
+    elif plan.pack or plan.lanes >= torch.get_num_threads():
+        _in_parallel(lambda a, b: numba_loops.sample_lanes(*call, a, b, 0, queries), plan.lanes, plan.work)
+    else:  # few lanes, so cut along the queries instead
+        _in_parallel(lambda a, b: numba_loops.sample_lanes(*call, 0, plan.lanes, a, b), queries, plan.work)
+    return out
 
 
-def _sizes(value: Tensor, weights: Tensor) -> tuple[int, int, int, int, int]:
-    """(S, Q, H, D, L·P)."""
-    return value.shape[1], weights.shape[1], value.shape[2], value.shape[3], weights.shape[3] * weights.shape[4]
+class _Plan(NamedTuple):
+    """What the shapes of a call decide.
 
+    Attributes:
+        sizes: (S, Q, H, D, L·P).
+        lanes: N·H.
+        group: heads whose samples are placed at once, `numba_loops.CHUNK` of them at most.
+        pack: whether a lane's queries read its maps often enough to pay for one copy of them.
+        slots: [3 · group · L·P] float32: width, height and first position of the level of each sample of a group.
+        slots_at: its address.
+        work: multiply-adds of the forward pass.
+    """
 
-def _worth_packing(sizes: tuple[int, int, int, int, int]) -> bool:
-    """Whether a lane's queries read its maps often enough to pay for one copy of them."""
-    positions, queries, _, _, samples = sizes
-    return queries * samples >= positions
+    sizes: tuple[int, int, int, int, int]
+    lanes: int
+    group: int
+    pack: bool
+    slots: np.ndarray
+    slots_at: int
+    work: int
 
 
 @lru_cache(maxsize=256)
-def _slots(spatial_shapes: tuple[tuple[int, int], ...], points: int) -> np.ndarray:
-    """[3 · L·P] float32: width, height and first position of the level of each sample of a query."""
+def _plan(spatial_shapes: tuple[tuple[int, int], ...], value: torch.Size, weights: torch.Size) -> _Plan:
+    """For maps and the shapes of value [N, S, H, D] and weights [N, Q, H, L, P]."""
+    rows, positions, heads, dim = value
+    queries, points = weights[1], weights[4]
+    samples = len(spatial_shapes) * points
+    pack = queries * samples >= positions
+    # the copy of a group is best when its positions are no wider than eight cache lines
+    group = max(1, min(heads, numba_loops.CHUNK // samples, 128 // dim if pack else heads))
     shapes = np.asarray(spatial_shapes, dtype=np.int64)
     areas = shapes[:, 0] * shapes[:, 1]
     table = np.stack([shapes[:, 1], shapes[:, 0], np.cumsum(areas) - areas])  # [3, L]
-    return np.repeat(table, points, axis=1).astype(np.float32).reshape(-1)
+    slots = np.tile(np.repeat(table, points, axis=1), group).astype(np.float32).reshape(-1)
+    work = rows * queries * heads * samples * dim * 4
+    return _Plan((positions, queries, heads, dim, samples), rows * heads, group, pack, slots, slots.ctypes.data, work)
 
 
 def _in_parallel(call: Callable[[int, int], None], size: int, work: int) -> None:

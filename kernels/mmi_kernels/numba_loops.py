@@ -1,22 +1,25 @@
 """The compiled inner loops of the numba backend, forward and backward. Importing this file imports numba.
 
 Place in the flow: `numba_cpu.py` cuts the work into ranges of "lanes" and calls these functions, one range per thread.
-A lane is one (row n, head h) pair, lane = n·H + h. All arrays are flat views of C-contiguous float32 tensors:
+A lane is one (row n, head h) pair, lane = n·H + h. Tensors are C-contiguous float32 and named by their address:
 
     value [N, S, H, D]   locations [N, Q, H, L, P, 2]   weights [N, Q, H, L, P]   out, grad_out [N, Q, H, D]
-    slots [3, L·P]: width, height and first position of the level of each of a query's L·P samples
+    slots [3, heads of a group · L·P]: width, height and first position of the level of each sample
 
-Per query: (1) `_place` turns up to 64 locations at once into corner positions and fractions, branch-free so that the
-compiler vectorises it, all in float32 (positions stay exact below 2²⁴); (2) the channels of the corners are summed in
-blocks of 16; backward also takes the dot products of the corners with the output gradient and (3) folds them into the
-gradients of weight and location. With enough queries a lane's maps are first copied together, since a stride of
-H·D floats between neighbouring positions would waste most of the cache.
+Heads are taken in groups that have up to 64 samples together, neighbours in memory. Per query and group: (1) `_place`
+turns the locations into corner positions and fractions, branch-free so that the compiler vectorises it, all in float32
+(positions stay exact below 2²⁴); (2) per head, the corners are summed in blocks of 64, 32, 16 and 1 channels; backward
+also takes the dot products of the corners with the output gradient and (3) folds them into the gradients of weight and
+location. With enough queries the group's maps are first copied together, since a stride of H·D floats between
+neighbouring positions would waste most of the cache; with few, one query takes all its heads before the next one
+starts, so that it touches few pages, and corners are fetched a group ahead (a fetch may name any address).
 
-Why lanes: the value gradient of a lane is written by that lane alone, so threads need no atomics, the order of every
-sum is fixed, and a result depends neither on the number of threads nor on other rows: equal inputs, equal bits.
+Why lanes: the value gradient of a lane is written by one thread, queries in order, so threads need no atomics, the
+order of every sum is fixed, and a result depends neither on the number of threads nor on other rows: equal inputs,
+equal bits.
 
 Corners outside the map get weight 0 and the address of their neighbour inside, so memory outside is never read and no
-other value can leak in. Samples wholly outside or with weight 0 are skipped. NaN locations give NaN.
+other value can leak in. Samples wholly outside or (forward) with weight 0 are skipped. NaN locations give NaN.
 
 Source: bilinear sampling and its derivatives as in `grid_sample(align_corners=False, padding_mode="zeros")`.
 """
@@ -27,18 +30,24 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
+from llvmlite import ir
+from numba import carray, njit, types
+from numba.extending import intrinsic
 
-from mmi_kernels.numba_simd import dot16, fma16, load16, store16, zero16
+from mmi_kernels.numba_simd import add4, load4, load_float, load_int, operations, prefetch, store4
+
+CHUNK = 64
+"""Samples placed at once."""
 
 _ZERO, _HALF, _ONE = np.float32(0.0), np.float32(0.5), np.float32(1.0)
-_CHUNK = 64  # samples placed at once
-# Rows of the scratch array [_ROWS, _CHUNK]: corner positions (top left … bottom right), the corners' bilinear factors
-# times the weight, fractions, existing columns and rows (1 or 0), inside at all (1 or 0), dot products (backward).
-_AT00, _AT01, _AT10, _AT11, _C00, _C01, _C10, _C11 = (np.uint64(i * _CHUNK) for i in range(8))
-_FX, _FY, _LEFT, _RIGHT, _TOP, _BOTTOM, _INSIDE = (np.uint64(i * _CHUNK) for i in range(8, 15))
-_DOT00, _DOT01, _DOT10, _DOT11 = (np.uint64(i * _CHUNK) for i in range(15, 19))
+# Rows of a scratch array [_ROWS, CHUNK]. As int32: the corners' positions (top left … bottom right), and whether the
+# sample is to be read at all. As float32: the corners' bilinear factors times the weight, fractions, existing columns
+# and rows (1 or 0), then four dot products per sample (backward).
+_AT00, _AT01, _AT10, _AT11, _LIVE, _C00, _C01, _C10, _C11 = (np.uint64(i * CHUNK) for i in range(9))
+_FX, _FY, _LEFT, _RIGHT, _TOP, _BOTTOM, _DOTS = (np.uint64(i * CHUNK) for i in range(9, 16))
 _ROWS = 19
+_ROW = 4 * CHUNK  # bytes
+_LIVE_AT, _FACTORS_AT, _DOTS_AT = 4 * _ROW, 5 * _ROW, 15 * _ROW  # bytes
 _OPTIONS = {"nogil": True, "fastmath": {"reassoc", "contract", "nsz"}, "error_model": "numpy"}
 
 
@@ -50,21 +59,34 @@ def _compile(function: Any) -> Any:
         return njit(**_OPTIONS)(function)
 
 
-def _inline(function: Any) -> Any:
-    """A part of the two entry points, merged into them: a call would count references of every array it passes."""
-    return njit(inline="always", **_OPTIONS)(function)
+_part = njit(**_OPTIONS)
+"""A part of the two entry points, which is compiled into them."""
 
 
-@_inline
-def _place(locations, weights, first, count, slots, slot, samples, scratch):
-    """Fills rows _AT00 … _INSIDE of scratch for samples [first, first + count), the query's slots from `slot` on."""
-    first, slot, samples = np.uint64(first), np.uint64(slot), np.uint64(samples)
+@intrinsic
+def _pointer(typing_context: Any, address: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.inttoptr(args[0], ir.IntType(8).as_pointer())
+
+    return types.voidptr(types.int64), generate
+
+
+@_part
+def _floats(address, count):
+    return carray(_pointer(address), count, np.float32)
+
+
+@_part
+def _place(locations_at, weights_at, count, slots_at, columns, zeros, scratch_at):
+    """Fills a scratch array for `count` samples in a row. zeros: whether samples of weight 0 are live."""
+    locations, weights = _floats(locations_at, 2 * count), _floats(weights_at, count)
+    slots, scratch = _floats(slots_at, 3 * columns), _floats(scratch_at, _ROWS * CHUNK)
+    places, columns = carray(_pointer(scratch_at), _ROWS * CHUNK, np.int32), np.uint64(columns)
     for i in range(count):
         k = np.uint64(i)
-        at, of_slot = first + k, slot + k
-        width, height, start = slots[of_slot], slots[samples + of_slot], slots[samples + samples + of_slot]
-        x = locations[at + at] * width - _HALF
-        y = locations[at + at + np.uint64(1)] * height - _HALF
+        width, height, start = slots[k], slots[columns + k], slots[columns + columns + k]
+        x = locations[k + k] * width - _HALF
+        y = locations[k + k + np.uint64(1)] * height - _HALF
         outside = (x <= -_ONE) | (y <= -_ONE) | (x >= width) | (y >= height)
         column, row = np.floor(x), np.floor(y)
         # comparisons with NaN are false, so a NaN location reads position 0 and carries the NaN in its fractions
@@ -76,13 +98,14 @@ def _place(locations, weights, first, count, slots, slot, samples, scratch):
         column1 = column1 if column1 < width else width - _ONE
         upper = start + (row0 if row0 < height else height - _ONE) * width
         lower = start + (row1 if row1 < height else height - _ONE) * width
-        fx, fy, weight = x - column, y - row, weights[at]
+        fx, fy, weight = x - column, y - row, weights[k]
         left = _ONE if column >= _ZERO else _ZERO
         right = _ONE if column + _ONE < width else _ZERO
         top = _ONE if row >= _ZERO else _ZERO
         bottom = _ONE if row + _ONE < height else _ZERO
-        scratch[_AT00 + k], scratch[_AT01 + k] = upper + column0, upper + column1
-        scratch[_AT10 + k], scratch[_AT11 + k] = lower + column0, lower + column1
+        places[_AT00 + k], places[_AT01 + k] = np.int32(upper + column0), np.int32(upper + column1)
+        places[_AT10 + k], places[_AT11 + k] = np.int32(lower + column0), np.int32(lower + column1)
+        places[_LIVE + k] = np.int32(0) if outside | (weight == _ZERO) & (not zeros) else np.int32(1)
         scratch[_C00 + k], scratch[_C01 + k] = (
             (_ONE - fy) * (_ONE - fx) * top * left * weight,
             (_ONE - fy) * fx * top * right * weight,
@@ -93,175 +116,269 @@ def _place(locations, weights, first, count, slots, slot, samples, scratch):
         )
         scratch[_FX + k], scratch[_FY + k] = fx, fy
         scratch[_LEFT + k], scratch[_RIGHT + k], scratch[_TOP + k], scratch[_BOTTOM + k] = left, right, top, bottom
-        scratch[_INSIDE + k] = _ZERO if outside else _ONE
 
 
-@_inline
-def _address(base, position, stride):
-    # through a signed integer, which CPUs convert in one instruction; unsigned, so numba omits its test for negatives
-    return np.uint64(base + np.int64(position) * stride)
+@_part
+def _corner(maps, sample, corner, stride):
+    return maps + np.int64(load_int(sample + corner * _ROW)) * stride
 
 
-@_inline
-def _copy_lane(source, at, stride, target, target_at, target_stride, positions, dim):
-    """target[target_at + i · target_stride + d] = source[at + i · stride + d] for i < positions, d < dim."""
+def _channel_loops(width: int) -> tuple[Any, Any]:
+    """(gather, scatter) for `width` channels of the samples [first, last) that are placed."""
+    zero, load, store, add, multiply, fma, sum4 = operations(width)
+
+    @_part
+    def fetch(maps, sample, stride):
+        for corner in range(4):
+            at = _corner(maps, sample, corner, stride)
+            for line in range(0, 4 * width, 64):
+                prefetch(at + line)
+
+    @_part
+    def gather(maps, stride, first, last, scratch, out, ahead, later):
+        """out += the samples, weighted; unless `ahead` is 0, fetches those of `later` on these maps."""
+        total, lower = load(out), zero()  # two sums, for the CPU to work on side by side
+        for k in range(first, last):
+            sample, factor = scratch + 4 * k, scratch + 4 * k + _FACTORS_AT
+            if load_int(sample + _LIVE_AT) != 0:
+                total = fma(load_float(factor), load(_corner(maps, sample, 0, stride)), total)
+                lower = fma(load_float(factor + 2 * _ROW), load(_corner(maps, sample, 2, stride)), lower)
+                total = fma(load_float(factor + _ROW), load(_corner(maps, sample, 1, stride)), total)
+                lower = fma(load_float(factor + 3 * _ROW), load(_corner(maps, sample, 3, stride)), lower)
+            if ahead != 0 and load_int(later + 4 * k + _LIVE_AT) != 0:
+                fetch(ahead, later + 4 * k, stride)
+        store(out, add(total, lower))
+
+    @_part
+    def spread(at, factor, grad):
+        store(at, fma(load_float(factor), grad, load(at)))
+
+    @_part
+    def scatter(maps, grad_maps, stride, first, last, scratch, grad_out):
+        """Adds to the samples' dot products and, unless its address is 0, to grad_maps."""
+        grad = load(grad_out)
+        for k in range(first, last):
+            sample, factor, dots = scratch + 4 * k, scratch + 4 * k + _FACTORS_AT, scratch + 16 * k + _DOTS_AT
+            if load_int(sample + _LIVE_AT) == 0:
+                continue
+            at00, at01 = _corner(0, sample, 0, stride), _corner(0, sample, 1, stride)
+            at10, at11 = _corner(0, sample, 2, stride), _corner(0, sample, 3, stride)
+            upper0, upper1 = multiply(grad, load(maps + at00)), multiply(grad, load(maps + at01))
+            lower0, lower1 = multiply(grad, load(maps + at10)), multiply(grad, load(maps + at11))
+            store4(dots, add4(load4(dots), sum4(upper0, upper1, lower0, lower1)))
+            if grad_maps != 0:  # one corner after the other: clamped corners may be the same position
+                spread(grad_maps + at00, factor, grad)
+                spread(grad_maps + at01, factor + _ROW, grad)
+                spread(grad_maps + at10, factor + 2 * _ROW, grad)
+                spread(grad_maps + at11, factor + 3 * _ROW, grad)
+
+    return gather, scatter
+
+
+_gather64, _scatter64 = _channel_loops(64)
+_gather32, _scatter32 = _channel_loops(32)
+_gather16, _scatter16 = _channel_loops(16)
+_gather1, _scatter1 = _channel_loops(1)
+_zero1, _load1, _store1, *_ = operations(1)
+_zero16, _load16, _store16, *_ = operations(16)
+
+
+@_part
+def _copy(source, stride, target, target_stride, positions, count):
+    """count floats of each position, from one stride (bytes) to another; zeros if source is 0."""
     for i in range(positions):
-        a, b = np.uint64(at + i * stride), np.uint64(target_at + i * target_stride)
-        blocks = dim // 16
-        for _ in range(blocks):
-            store16(target, b, load16(source, a))
-            a, b = a + np.uint64(16), b + np.uint64(16)
-        for _ in range(dim - 16 * blocks):
-            target[b] = source[a]
-            a, b = a + np.uint64(1), b + np.uint64(1)
+        a, b, end = source + i * stride, target + i * target_stride, target + i * target_stride + 4 * count
+        while b + 64 <= end:
+            _store16(b, _load16(a) if source != 0 else _zero16())
+            a, b = a + 64, b + 64
+        while b < end:
+            _store1(b, _load1(a) if source != 0 else _zero1())
+            a, b = a + 4, b + 4
 
 
-@_compile
-def sample_lanes(value, locations, weights, slots, out, sizes, pack, first, last, first_query, last_query):
-    """Writes out for lanes [first, last) and queries [first_query, last_query).
-
-    sizes: (S, Q, H, D, L·P). pack: copy each lane's maps together first (pays when many queries read them).
-    """
-    positions, queries, heads, dim, samples = sizes
-    scratch = np.empty(_ROWS * _CHUNK, np.float32)
-    packed = np.empty(positions * dim if pack else 0, np.float32)
-    for lane in range(first, last):
-        n, h = lane // heads, lane % heads
-        maps, base, stride = value, (n * positions * heads + h) * dim, heads * dim
-        if pack:
-            _copy_lane(value, base, stride, packed, 0, dim, positions, dim)
-            maps, base, stride = packed, 0, dim
-        for q in range(first_query, last_query):
-            row = (n * queries + q) * heads + h
-            for d in range(dim):
-                out[row * dim + d] = _ZERO
-            for slot in range(0, samples, _CHUNK):
-                count = min(_CHUNK, samples - slot)
-                _place(locations, weights, row * samples + slot, count, slots, slot, samples, scratch)
-                _gather(maps, base, stride, weights, row * samples + slot, count, scratch, out, row * dim, dim)
+@_part
+def _gather(maps, stride, first, last, scratch, out, dim, ahead, later):
+    done, total = 0, 4 * dim
+    while done < total:
+        at, into, soon = maps + done, out + done, ahead + done if ahead != 0 else 0
+        if done + 256 <= total:
+            _gather64(at, stride, first, last, scratch, into, soon, later)
+            done += 256
+        elif done + 128 <= total:
+            _gather32(at, stride, first, last, scratch, into, soon, later)
+            done += 128
+        elif done + 64 <= total:
+            _gather16(at, stride, first, last, scratch, into, soon, later)
+            done += 64
+        else:
+            _gather1(at, stride, first, last, scratch, into, 0, 0)
+            done += 4
 
 
-@_inline
-def _gather(maps, base, stride, weights, first, count, scratch, out, out_at, dim):
-    """out[out_at : out_at + dim] += the placed samples, weighted."""
-    first, out_at, whole = np.uint64(first), np.uint64(out_at), dim // 16 * 16
-    for start in range(0, whole, 16):
-        at, into = base + start, out_at + np.uint64(start)
-        total, lower = load16(out, into), zero16()  # two sums, for the CPU to work on side by side
-        for i in range(count):
-            k = np.uint64(i)
-            if scratch[_INSIDE + k] == _ZERO or weights[first + k] == _ZERO:
-                continue
-            total = fma16(scratch[_C00 + k], load16(maps, _address(at, scratch[_AT00 + k], stride)), total)
-            lower = fma16(scratch[_C10 + k], load16(maps, _address(at, scratch[_AT10 + k], stride)), lower)
-            total = fma16(scratch[_C01 + k], load16(maps, _address(at, scratch[_AT01 + k], stride)), total)
-            lower = fma16(scratch[_C11 + k], load16(maps, _address(at, scratch[_AT11 + k], stride)), lower)
-        store16(out, into, fma16(_ONE, total, lower))
-    for d in range(whole, dim):
-        at, into = base + d, out_at + np.uint64(d)
-        for i in range(count):
-            k = np.uint64(i)
-            if scratch[_INSIDE + k] == _ZERO or weights[first + k] == _ZERO:
-                continue
-            out[into] += (
-                scratch[_C00 + k] * maps[_address(at, scratch[_AT00 + k], stride)]
-                + scratch[_C01 + k] * maps[_address(at, scratch[_AT01 + k], stride)]
-                + scratch[_C10 + k] * maps[_address(at, scratch[_AT10 + k], stride)]
-                + scratch[_C11 + k] * maps[_address(at, scratch[_AT11 + k], stride)]
-            )
+@_part
+def _scatter(maps, grad_maps, stride, first, last, scratch, grad_out, dim):
+    done, total, wanted = 0, 4 * dim, grad_maps != 0
+    while done < total:
+        at, into, pull = maps + done, grad_maps + done if wanted else 0, grad_out + done
+        if done + 256 <= total:
+            _scatter64(at, into, stride, first, last, scratch, pull)
+            done += 256
+        elif done + 128 <= total:
+            _scatter32(at, into, stride, first, last, scratch, pull)
+            done += 128
+        elif done + 64 <= total:
+            _scatter16(at, into, stride, first, last, scratch, pull)
+            done += 64
+        else:
+            _scatter1(at, into, stride, first, last, scratch, pull)
+            done += 4
 
 
-@_compile
-def sample_lanes_backward(
-    value,
-    locations,
-    weights,
-    slots,
-    grad_out,
-    grad_value,
-    grad_locations,
-    grad_weights,
-    sizes,
-    pack,
-    first,
-    last,
-    want_value,
-):
-    """Gradients for lanes [first, last). All three must start at zero; grad_value may be empty without want_value."""
-    positions, queries, heads, dim, samples = sizes
-    scratch = np.empty(_ROWS * _CHUNK, np.float32)
-    room = positions * dim if pack else 0
-    packed, packed_grad = np.empty(room, np.float32), np.empty(room if want_value else 0, np.float32)
-    for lane in range(first, last):
-        n, h = lane // heads, lane % heads
-        maps, grad_maps, base, stride = value, grad_value, (n * positions * heads + h) * dim, heads * dim
-        if pack:
-            _copy_lane(value, base, stride, packed, 0, dim, positions, dim)
-            packed_grad[:] = _ZERO
-            maps, grad_maps, base, stride = packed, packed_grad, 0, dim
-        for q in range(queries):
-            row = (n * queries + q) * heads + h
-            for slot in range(0, samples, _CHUNK):
-                begin, count = row * samples + slot, min(_CHUNK, samples - slot)
-                _place(locations, weights, begin, count, slots, slot, samples, scratch)
-                _scatter(maps, grad_maps, base, stride, count, scratch, grad_out, row * dim, dim, want_value)
-                _fold(weights, begin, count, slots, slot, samples, scratch, grad_locations, grad_weights)
-        if pack and want_value:
-            _copy_lane(packed_grad, 0, dim, grad_value, (n * positions * heads + h) * dim, heads * dim, positions, dim)
-
-
-@_inline
-def _scatter(maps, grad_maps, base, stride, count, scratch, grad_out, grad_at, dim, want_value):
-    """Dot products of the corners with grad_out into rows _DOT00 … _DOT11, and grad_out spread over grad_maps."""
-    grad_at, whole = np.uint64(grad_at), dim // 16 * 16
+@_part
+def _fold(weights_at, count, slots_at, columns, scratch_at, into):
+    """Dot products and fractions of the placed samples → their gradients of location and weight, addresses `into`."""
+    weights, slots = _floats(weights_at, count), _floats(slots_at, 3 * columns)
+    scratch, columns = _floats(scratch_at, _ROWS * CHUNK), np.uint64(columns)
+    grad_locations, grad_weights = _floats(into[0], 2 * count), _floats(into[1], count)
     for i in range(count):
         k = np.uint64(i)
-        dot00 = dot01 = dot10 = dot11 = _ZERO
-        if scratch[_INSIDE + k] != _ZERO:
-            at00, at01 = _address(base, scratch[_AT00 + k], stride), _address(base, scratch[_AT01 + k], stride)
-            at10, at11 = _address(base, scratch[_AT10 + k], stride), _address(base, scratch[_AT11 + k], stride)
-            c00, c01, c10, c11 = scratch[_C00 + k], scratch[_C01 + k], scratch[_C10 + k], scratch[_C11 + k]
-            for start in range(0, whole, 16):
-                d = np.uint64(start)
-                grad = load16(grad_out, grad_at + d)
-                dot00 += dot16(grad, load16(maps, at00 + d))
-                dot01 += dot16(grad, load16(maps, at01 + d))
-                dot10 += dot16(grad, load16(maps, at10 + d))
-                dot11 += dot16(grad, load16(maps, at11 + d))
-                if want_value:  # one corner after the other: clamped corners may be the same position
-                    store16(grad_maps, at00 + d, fma16(c00, grad, load16(grad_maps, at00 + d)))
-                    store16(grad_maps, at01 + d, fma16(c01, grad, load16(grad_maps, at01 + d)))
-                    store16(grad_maps, at10 + d, fma16(c10, grad, load16(grad_maps, at10 + d)))
-                    store16(grad_maps, at11 + d, fma16(c11, grad, load16(grad_maps, at11 + d)))
-            for rest in range(whole, dim):
-                d = np.uint64(rest)
-                single = grad_out[grad_at + d]
-                dot00 += single * maps[at00 + d]
-                dot01 += single * maps[at01 + d]
-                dot10 += single * maps[at10 + d]
-                dot11 += single * maps[at11 + d]
-                if want_value:
-                    grad_maps[at00 + d] += c00 * single
-                    grad_maps[at01 + d] += c01 * single
-                    grad_maps[at10 + d] += c10 * single
-                    grad_maps[at11 + d] += c11 * single
-        scratch[_DOT00 + k], scratch[_DOT01 + k], scratch[_DOT10 + k], scratch[_DOT11 + k] = dot00, dot01, dot10, dot11
-
-
-@_inline
-def _fold(weights, first, count, slots, slot, samples, scratch, grad_locations, grad_weights):
-    """Dot products and fractions of the placed samples → their gradients of weight and location."""
-    first, slot, samples = np.uint64(first), np.uint64(slot), np.uint64(samples)
-    for i in range(count):
-        k = np.uint64(i)
-        at, of_slot = first + k, slot + k
-        fx, fy, weight = scratch[_FX + k], scratch[_FY + k], weights[at]
-        dot00 = scratch[_DOT00 + k] * scratch[_LEFT + k] * scratch[_TOP + k]
-        dot01 = scratch[_DOT01 + k] * scratch[_RIGHT + k] * scratch[_TOP + k]
-        dot10 = scratch[_DOT10 + k] * scratch[_LEFT + k] * scratch[_BOTTOM + k]
-        dot11 = scratch[_DOT11 + k] * scratch[_RIGHT + k] * scratch[_BOTTOM + k]
+        fx, fy, weight = scratch[_FX + k], scratch[_FY + k], weights[k]
+        dots = _DOTS + np.uint64(4) * k
+        dot00 = scratch[dots] * scratch[_LEFT + k] * scratch[_TOP + k]
+        dot01 = scratch[dots + np.uint64(1)] * scratch[_RIGHT + k] * scratch[_TOP + k]
+        dot10 = scratch[dots + np.uint64(2)] * scratch[_LEFT + k] * scratch[_BOTTOM + k]
+        dot11 = scratch[dots + np.uint64(3)] * scratch[_RIGHT + k] * scratch[_BOTTOM + k]
         upper, lower = dot00 * (_ONE - fx) + dot01 * fx, dot10 * (_ONE - fx) + dot11 * fx
         slope = (dot01 - dot00) * (_ONE - fy) + (dot11 - dot10) * fy
-        grad_weights[at] = upper * (_ONE - fy) + lower * fy
-        grad_locations[at + at] = slope * weight * slots[of_slot]
-        grad_locations[at + at + np.uint64(1)] = (lower - upper) * weight * slots[samples + of_slot]
+        grad_weights[k] = upper * (_ONE - fy) + lower * fy
+        grad_locations[k + k] = slope * weight * slots[k]
+        grad_locations[k + k + np.uint64(1)] = (lower - upper) * weight * slots[columns + k]
+
+
+@_part
+def _after(q, h, slot, start, stop, group, samples):
+    """(query, first head, first sample) of the next step; a step is a chunk of samples of one query and group."""
+    if slot + CHUNK < samples:
+        return q, h, slot + CHUNK
+    if h + group < stop:
+        return q, h + group, 0
+    return q + 1, start, 0
+
+
+@_part
+def _place_step(tensors, sizes, group, n, q, h, stop, slot, zeros, scratch):
+    """`_place` for one step."""
+    _, queries, heads, _, samples = sizes
+    locations, weights, slots = tensors[0], tensors[1], tensors[2]
+    at = ((n * queries + q) * heads + h) * samples + slot
+    count = min(group, stop - h) * min(CHUNK, samples - slot)
+    _place(locations + 8 * at, weights + 4 * at, count, slots + 4 * slot, group * samples, zeros, scratch)
+
+
+@_part
+def _sweep(maps, stride, tensors, sizes, group, n, heads_of, queries_of, fetch, scratch, later):
+    """`sample_lanes` for a range of heads of row n, whose maps are given; scratch and later: two scratch arrays.
+
+    A step is placed before the one ahead of it is gathered, which meanwhile fetches its corners, if asked to.
+    """
+    _, queries, heads, dim, samples = sizes
+    start, stop = heads_of
+    first_query, last_query = queries_of
+    q, h, slot = first_query, start, 0
+    if q < last_query:
+        _place_step(tensors, sizes, group, n, q, h, stop, slot, False, scratch)
+    while q < last_query:
+        next_q, next_h, next_slot = _after(q, h, slot, start, stop, group, samples)
+        if next_q < last_query:
+            _place_step(tensors, sizes, group, n, next_q, next_h, stop, next_slot, False, later)
+        ahead = maps + 4 * (next_h - start) * dim if fetch and next_q < last_query else 0
+        together, each = min(group, stop - h), min(CHUNK, samples - slot)
+        here, out = maps + 4 * (h - start) * dim, tensors[3] + 4 * ((n * queries + q) * heads + h) * dim
+        if slot == 0:
+            _copy(0, 0, out, 0, 1, together * dim)
+        for j in range(together):
+            away = 4 * j * dim
+            first, soon = j * each, ahead + away if ahead != 0 else 0
+            _gather(here + away, stride, first, first + each, scratch, out + away, dim, soon, later)
+        q, h, slot = next_q, next_h, next_slot
+        scratch, later = later, scratch
+
+
+@_compile
+def sample_lanes(value, tensors, sizes, group, pack, first, last, first_query, last_query):
+    """Writes out for lanes [first, last) and queries [first_query, last_query).
+
+    Args:
+        value: address.
+        tensors: addresses of locations, weights, slots, out.
+        sizes: (S, Q, H, D, L·P).
+        group: how many heads make a group: 1, or as many as have at most CHUNK samples.
+        pack: copy each group's maps together first (pays when many queries read them).
+    """
+    positions, _, heads, dim, _ = sizes
+    scratch = np.empty(2 * _ROWS * CHUNK, np.float32)
+    packed = np.empty(positions * dim * group if pack else 0, np.float32)
+    scratch_at, packed_at = np.int64(scratch.ctypes.data), np.int64(packed.ctypes.data)
+    for n in range(first // heads, (last + heads - 1) // heads):
+        end = min(last - n * heads, heads)
+        for start in range(max(first - n * heads, 0), end, group if pack else heads):
+            stop = min(start + group, end) if pack else end
+            maps, stride = value + 4 * (n * positions * heads + start) * dim, 4 * heads * dim
+            if pack:
+                wide = 4 * (stop - start) * dim
+                _copy(maps, stride, packed_at, wide, positions, wide // 4)
+                maps, stride = packed_at, wide
+            heads_of, queries_of, later = (start, stop), (first_query, last_query), scratch_at + _ROWS * _ROW
+            _sweep(maps, stride, tensors, sizes, group, n, heads_of, queries_of, not pack, scratch_at, later)
+    return scratch.size + packed.size  # alive until here: their addresses were in use
+
+
+@_part
+def _sweep_backward(maps, grad_maps, stride, tensors, sizes, group, n, start, stop, scratch):
+    """`sample_lanes_backward` for heads [start, stop) of row n, whose maps are given."""
+    _, queries, heads, dim, samples = sizes
+    _, weights, slots, grad_out, grad_locations, grad_weights = tensors
+    q, h, slot = 0, start, 0
+    while q < queries:
+        _place_step(tensors, sizes, group, n, q, h, stop, slot, True, scratch)
+        lane, together, each = (n * queries + q) * heads + h, min(group, stop - h), min(CHUNK, samples - slot)
+        _copy(0, 0, scratch + _DOTS_AT, 0, 1, 4 * together * each)
+        for j in range(together):
+            away, pull = 4 * (h - start + j) * dim, grad_out + 4 * (lane + j) * dim
+            onto = grad_maps + away if grad_maps != 0 else 0
+            _scatter(maps + away, onto, stride, j * each, (j + 1) * each, scratch, pull, dim)
+        at = lane * samples + slot
+        count, into = together * each, (grad_locations + 8 * at, grad_weights + 4 * at)
+        _fold(weights + 4 * at, count, slots + 4 * slot, group * samples, scratch, into)
+        q, h, slot = _after(q, h, slot, start, stop, group, samples)
+
+
+@_compile
+def sample_lanes_backward(value, grad_value, tensors, sizes, group, pack, first, last):
+    """Gradients for lanes [first, last); arguments as of `sample_lanes`.
+
+    Args:
+        grad_value: address, 0 if not wanted. Must hold zeros unless maps are packed.
+        tensors: addresses of locations, weights, slots, grad_out, grad_locations, grad_weights.
+    """
+    positions, _, heads, dim, _ = sizes
+    scratch = np.empty(_ROWS * CHUNK, np.float32)
+    room = positions * dim * group if pack else 0
+    packed, packed_grad = np.empty(room, np.float32), np.empty(room, np.float32)
+    for n in range(first // heads, (last + heads - 1) // heads):
+        end = min(last - n * heads, heads)
+        for start in range(max(first - n * heads, 0), end, group if pack else heads):
+            stop = min(start + group, end) if pack else end
+            offset, stride = 4 * (n * positions * heads + start) * dim, 4 * heads * dim
+            maps, grad_maps = value + offset, grad_value + offset if grad_value != 0 else 0
+            if pack:
+                wide = 4 * (stop - start) * dim
+                maps, grad_maps = np.int64(packed.ctypes.data), np.int64(packed_grad.ctypes.data)
+                _copy(value + offset, stride, maps, wide, positions, wide // 4)
+                _copy(0, 0, grad_maps, wide, positions, wide // 4)
+                stride = wide
+            wanted = grad_maps if grad_value != 0 else 0
+            _sweep_backward(maps, wanted, stride, tensors, sizes, group, n, start, stop, np.int64(scratch.ctypes.data))
+            if pack and grad_value != 0:
+                _copy(grad_maps, stride, grad_value + offset, 4 * heads * dim, positions, stride // 4)
+    return scratch.size + packed.size + packed_grad.size  # as above

@@ -1,113 +1,148 @@
-"""Sixteen float32 channels as one machine value inside numba code. Importing this file imports numba.
+"""Blocks of float32 channels as one machine value inside numba code. Importing this file imports numba.
 
-Place in the flow: `numba_loops.py` moves channels (the D axis) in blocks of 16 with these operations. numba turns off
-LLVM's straight-line vectoriser, and its loop vectoriser cannot prove that the arrays do not overlap; saying "sixteen at
-once" explicitly is what makes the loops fast. LLVM splits the block into the registers the CPU has (AVX-512, AVX2,
-SSE, NEON).
+Place in the flow: `numba_loops.py` moves channels (the D axis) with these operations, 64, 32, 16 or 1 at once. numba
+turns off LLVM's straight-line vectoriser, and its loop vectoriser cannot prove that the arrays do not overlap; saying
+"sixty-four at once" explicitly is what makes the loops fast. LLVM splits a block into the registers the CPU has
+(AVX-512, AVX2, SSE, NEON).
 
-`load16(array, i)` and `store16(array, i, block)` touch array[i : i + 16] of a one-dimensional contiguous float32 array,
-without bounds checks. Products may be fused with sums, sums may be reassociated; NaN and infinities are kept.
+Memory is named by its address (int64, in bytes), as tensors give it: no array objects, so no bounds checks and no
+reference counts in the loops. Products may be fused with sums, sums may be reassociated; NaN and infinities are kept.
 
 Source: numba's extension interface (`@intrinsic`, primitive data models) over LLVM vector types.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic, models, register_model
 
-WIDTH = 16
-
-_VECTOR = ir.VectorType(ir.FloatType(), WIDTH)
-_LANE = ir.IntType(32)
+_FLOAT, _INT = ir.FloatType(), ir.IntType(32)
 _FLAGS = ("contract", "reassoc", "nsz")
+_QUAD = 4  # what `sum4` returns
 
 
-class Block16(types.Type):
-    """numba's name for the sixteen-channel value."""
+class Block(types.Type):
+    """numba's name for a value of ``width`` float32 numbers."""
 
-    def __init__(self) -> None:
-        super().__init__(name="Block16")
+    def __init__(self, width: int) -> None:
+        self.width = width
+        super().__init__(name=f"Block{width}")
 
 
-@register_model(Block16)
-class _Block16Model(models.PrimitiveModel):
+@register_model(Block)
+class _BlockModel(models.PrimitiveModel):
     def __init__(self, manager: Any, numba_type: Any) -> None:
-        super().__init__(manager, numba_type, _VECTOR)
+        super().__init__(manager, numba_type, ir.VectorType(_FLOAT, numba_type.width))
 
 
-block16 = Block16()
+class Operations(NamedTuple):
+    """Operations on blocks of one width; a block in memory is at any float's address."""
+
+    zero: Any  # () → zeros
+    load: Any  # (address) → block
+    store: Any  # (address, block)
+    add: Any  # (block, block) → sum
+    multiply: Any  # (block, block) → product
+    fma: Any  # (factor, block, total) → total + factor · block, factor a float32 scalar
+    sum4: Any  # (block, block, block, block) → the four blocks' sums, in an order that is fixed
 
 
-def _address(context: Any, builder: Any, array_type: Any, array: Any, index: Any) -> Any:
-    data = context.make_array(array_type)(context, builder, array).data
-    return builder.bitcast(builder.gep(data, [index]), _VECTOR.as_pointer())
+def _shuffled(builder: Any, left: Any, right: Any, lanes: list[int]) -> Any:
+    return builder.shuffle_vector(left, right, ir.Constant(ir.VectorType(_INT, len(lanes)), lanes))
 
 
-def _shuffled(builder: Any, vector: Any, lanes: list[int]) -> Any:
-    mask = ir.Constant(ir.VectorType(_LANE, len(lanes)), lanes)
-    return builder.shuffle_vector(vector, ir.Constant(vector.type, ir.Undefined), mask)
+def _halves(builder: Any, left: Any, right: Any, group: int) -> Any:
+    """Each group of `group` numbers of left, then of right, folded to its half: lower half + upper half."""
+    starts = range(0, 2 * left.type.count, group)
+    low = [start + i for start in starts for i in range(group // 2)]
+    folded = (_shuffled(builder, left, right, lanes) for lanes in (low, [lane + group // 2 for lane in low]))
+    return builder.fadd(*folded, flags=_FLAGS)
+
+
+def _load_store(vector: Any, block: Any) -> tuple[Any, Any]:
+    @intrinsic
+    def load(typing_context: Any, address: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            return builder.load(builder.inttoptr(args[0], vector.as_pointer()), align=4)
+
+        return block(types.int64), generate
+
+    @intrinsic
+    def store(typing_context: Any, address: Any, value: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            builder.store(args[1], builder.inttoptr(args[0], vector.as_pointer()), align=4)
+            return context.get_dummy_value()
+
+        return types.void(types.int64, block), generate
+
+    return load, store
 
 
 @intrinsic
-def zero16(typing_context: Any) -> Any:
-    """() → sixteen zeros."""
+def prefetch(typing_context: Any, address: Any) -> Any:
+    """Asks for the cache line at an address, into the second-level cache: the first has few places for one stride."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return ir.Constant(_VECTOR, [0.0] * WIDTH)
-
-    return block16(), generate
-
-
-@intrinsic
-def load16(typing_context: Any, array: Any, index: Any) -> Any:
-    """(array, index) → array[index : index + 16]."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        loaded = builder.load(_address(context, builder, signature.args[0], args[0], args[1]))
-        loaded.align = 4  # any float boundary
-        return loaded
-
-    return block16(array, index), generate
-
-
-@intrinsic
-def store16(typing_context: Any, array: Any, index: Any, block: Any) -> Any:
-    """array[index : index + 16] = block."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        stored = builder.store(args[2], _address(context, builder, signature.args[0], args[0], args[1]))
-        stored.align = 4
+        pointer = ir.IntType(8).as_pointer()
+        kind = ir.FunctionType(ir.VoidType(), [pointer, _INT, _INT, _INT])
+        function = builder.module.declare_intrinsic("llvm.prefetch", [pointer], kind)
+        read, second_level, data = (ir.Constant(_INT, number) for number in (0, 2, 1))
+        builder.call(function, [builder.inttoptr(args[0], pointer), read, second_level, data])
         return context.get_dummy_value()
 
-    return types.void(array, index, block), generate
+    return types.void(types.int64), generate
 
 
-@intrinsic
-def fma16(typing_context: Any, factor: Any, block: Any, total: Any) -> Any:
-    """total + factor · block, factor a float32 scalar."""
+def operations(width: int) -> Operations:
+    """The operations on blocks of ``width`` numbers, a power of two."""
+    block, vector = Block(width), ir.VectorType(_FLOAT, width)
+    load, store = _load_store(vector, block)
 
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        single = builder.insert_element(ir.Constant(_VECTOR, ir.Undefined), args[0], ir.Constant(_LANE, 0))
-        factors = _shuffled(builder, single, [0] * WIDTH)
-        return builder.fadd(args[2], builder.fmul(factors, args[1], flags=_FLAGS), flags=_FLAGS)
+    @intrinsic
+    def zero(typing_context: Any) -> Any:
+        return block(), lambda context, builder, signature, args: ir.Constant(vector, [0.0] * width)
 
-    return block16(types.float32, block, total), generate
+    @intrinsic
+    def add(typing_context: Any, left: Any, right: Any) -> Any:
+        return block(block, block), lambda context, builder, signature, args: builder.fadd(*args, flags=_FLAGS)
+
+    @intrinsic
+    def multiply(typing_context: Any, left: Any, right: Any) -> Any:
+        return block(block, block), lambda context, builder, signature, args: builder.fmul(*args, flags=_FLAGS)
+
+    @intrinsic
+    def fma(typing_context: Any, factor: Any, value: Any, total: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            undefined = ir.Constant(vector, ir.Undefined)
+            single = builder.insert_element(undefined, args[0], ir.Constant(_INT, 0))
+            factors = _shuffled(builder, single, undefined, [0] * width)
+            return builder.fadd(args[2], builder.fmul(factors, args[1], flags=_FLAGS), flags=_FLAGS)
+
+        return block(types.float32, block, block), generate
+
+    @intrinsic
+    def sum4(typing_context: Any, a: Any, b: Any, c: Any, d: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            if width == 1:
+                left, right = (_shuffled(builder, *pair, [0, 1]) for pair in (args[:2], args[2:]))
+                return _shuffled(builder, left, right, [0, 1, 2, 3])
+            left, right, group = _halves(builder, *args[:2], width), _halves(builder, *args[2:], width), width // 2
+            while group > 1:  # a transposition on the way: eleven steps for 16 channels where single sums take 32
+                whole, half = _halves(builder, left, right, group), left.type.count // 2
+                left = _shuffled(builder, whole, whole, [*range(half)])
+                right = _shuffled(builder, whole, whole, [*range(half, 2 * half)])
+                group //= 2
+            return _shuffled(builder, left, right, [0, 1, 2, 3])
+
+        return Block(_QUAD)(block, block, block, block), generate
+
+    return Operations(zero, load, store, add, multiply, fma, sum4)
 
 
-@intrinsic
-def dot16(typing_context: Any, left: Any, right: Any) -> Any:
-    """Σ left · right, a float32 scalar; summed pairwise, halves first, so the order is fixed."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        sums, width = builder.fmul(args[0], args[1], flags=_FLAGS), WIDTH
-        while width > 1:
-            width //= 2
-            low, high = _shuffled(builder, sums, [*range(width)]), _shuffled(builder, sums, [*range(width, 2 * width)])
-            sums = builder.fadd(low, high, flags=_FLAGS)
-        return builder.extract_element(sums, ir.Constant(_LANE, 0))
-
-    return types.float32(left, right), generate
+load4, store4 = _load_store(ir.VectorType(_FLOAT, _QUAD), Block(_QUAD))
+add4 = operations(_QUAD).add
+load_float, store_float = _load_store(_FLOAT, types.float32)
+load_int, store_int = _load_store(_INT, types.int32)

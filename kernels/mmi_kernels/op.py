@@ -19,7 +19,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 import torch
@@ -48,10 +48,15 @@ class BackendState(NamedTuple):
         return self.reason if self.available else f"unavailable: {self.reason}"
 
 
-@cache
+@torch.compiler.assume_constant_result
 def _numba_present() -> bool:
+    return _installed("numba")
+
+
+@cache
+def _installed(package: str) -> bool:
     # Looks the package up without importing it: importing numba costs about a second.
-    return importlib.util.find_spec("numba") is not None
+    return importlib.util.find_spec(package) is not None
 
 
 @torch.compiler.assume_constant_result
@@ -209,24 +214,33 @@ def _checked_shapes(
     value: Tensor, spatial_shapes: Sequence[tuple[int, int]], locations: Tensor, weights: Tensor
 ) -> tuple[tuple[int, int], ...]:
     """The level shapes as plain ints, after every dimension was compared. Raises ValueError."""
+    if not all(t.is_floating_point() for t in (value, locations, weights)):
+        raise ValueError("value, locations and weights must be floating-point tensors")
+    if not value.device == locations.device == weights.device:
+        raise ValueError(f"tensors on different devices: {value.device}, {locations.device}, {weights.device}")
+    fitting = _fitting.__wrapped__ if torch.compiler.is_compiling() else _fitting  # tracing looks through no cache
+    return fitting(tuple(map(tuple, spatial_shapes)), value.shape, locations.shape, weights.shape)
+
+
+@lru_cache(maxsize=256)
+def _fitting(
+    spatial_shapes: tuple[tuple[int, ...], ...], value: torch.Size, locations: torch.Size, weights: torch.Size
+) -> tuple[tuple[int, int], ...]:
+    """`_checked_shapes` for the tensors' shapes, worked out once: a short call takes no longer than these checks."""
     shapes = tuple((int(height), int(width)) for height, width in spatial_shapes)
     if not shapes or any(height < 1 or width < 1 for height, width in shapes):
         raise ValueError(f"spatial_shapes must hold one (height, width) ≥ 1 per level, got {shapes}")
-    if value.dim() != 4 or 0 in value.shape[2:]:
-        raise ValueError(f"value must be [N, S, H, D] with H, D ≥ 1, got {tuple(value.shape)}")
-    rows, positions, heads, _ = value.shape
+    if len(value) != 4 or 0 in value[2:]:
+        raise ValueError(f"value must be [N, S, H, D] with H, D ≥ 1, got {tuple(value)}")
+    rows, positions, heads, _ = value
     if positions != sum(height * width for height, width in shapes):
         raise ValueError(f"value has {positions} positions, spatial_shapes {shapes} add up to another number")
-    if weights.dim() != 5 or (weights.shape[0], *weights.shape[2:4]) != (rows, heads, len(shapes)):
+    if len(weights) != 5 or (weights[0], *weights[2:4]) != (rows, heads, len(shapes)):
         raise ValueError(
-            f"weights must be [N, Q, H, L, P] with N {rows}, H {heads}, L {len(shapes)}, got {tuple(weights.shape)}"
+            f"weights must be [N, Q, H, L, P] with N {rows}, H {heads}, L {len(shapes)}, got {tuple(weights)}"
         )
-    if weights.shape[4] < 1:
+    if weights[4] < 1:
         raise ValueError("weights must hold at least one point per level")
-    if tuple(locations.shape) != (*weights.shape, 2):
-        raise ValueError(f"locations must be {(*weights.shape, 2)} to match weights, got {tuple(locations.shape)}")
-    if not value.device == locations.device == weights.device:
-        raise ValueError(f"tensors on different devices: {value.device}, {locations.device}, {weights.device}")
-    if not all(t.is_floating_point() for t in (value, locations, weights)):
-        raise ValueError("value, locations and weights must be floating-point tensors")
+    if tuple(locations) != (*weights, 2):
+        raise ValueError(f"locations must be {(*weights, 2)} to match weights, got {tuple(locations)}")
     return shapes
