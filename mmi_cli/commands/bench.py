@@ -33,7 +33,7 @@ def bench() -> None:
     type=click.Choice(["wall", "processor"]),
     default="wall",
     show_default=True,
-    help="processor: this process's own time, for a CPU that others use too (op level, with OMP_NUM_THREADS=1).",
+    help="processor: this process's own time, for a CPU that others use too (with OMP_NUM_THREADS=1).",
 )
 @click.option("--compiled", is_flag=True, help="Also time torch under torch.compile (needs a C++ compiler; slow).")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout instead of the table.")
