@@ -31,8 +31,9 @@ from mmi_engine.train.interleaved import InterleavedObjective
 from mmi_engine.train.optim import freeze
 from mmi_engine.train.packing import Blend, Layout, Stream
 from mmi_engine.train.processes import process_state
-from mmi_engine.train.recipe import DataConfig, Recipe
+from mmi_engine.train.recipe import Recipe
 from mmi_engine.train.rows import RowIndex
+from mmi_engine.train.sections import DataConfig
 
 Report = Callable[[dict[str, Any]], None]
 Sets = list[RowIndex]
