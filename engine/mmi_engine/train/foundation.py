@@ -53,6 +53,15 @@ class Foundation:
     fresh: list[str]
     left: str = ""
 
+    def stored(self, name: str) -> Tensor:
+        """A weight as the base has it, in float32; raises ModelError where the base does not have it."""
+        with safe_open(self.directory / WEIGHTS, framework="pt") as file:
+            there = set(file.keys())
+            found = next((called for called in _called(name) if called in there), None)
+            if found is None:
+                raise ModelError(f"{self.directory} has no weight {name}", remedy="name the base of the run")
+            return file.get_tensor(found).float()
+
 
 def configuration(recipe: Recipe) -> tuple[ModelConfig, Path]:
     """The configuration that the recipe trains, and the base's directory; no weight is read.
@@ -182,18 +191,3 @@ def export(foundation: Foundation, state: dict[str, Tensor], directory: Path, dt
 def _stored(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     tensor = tensor.detach().cpu()
     return (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous()
-
-
-def halve_frozen(model: nn.Module) -> int:
-    """Keep the matrices of frozen linear, convolution and embedding layers in bfloat16; returns the bytes saved.
-
-    Vectors stay: they cost nothing, and norms want them in float32.
-    """
-    saved = 0
-    for module in model.modules():
-        if isinstance(module, nn.Linear | nn.Conv2d | nn.Embedding):
-            weight = module.weight
-            if not weight.requires_grad and weight.dtype == torch.float32:
-                module.weight = nn.Parameter(weight.detach().to(torch.bfloat16), requires_grad=False)
-                saved += 2 * weight.numel()
-    return saved

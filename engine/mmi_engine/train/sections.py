@@ -115,6 +115,8 @@ class DataConfig:
     with boxes, maps and the words left and right."""
     palette: str = "voc"
     """Colours of semantic maps."""
+    keep_latents: bool = False
+    """Keep the frozen codec's posterior of every picture to be drawn and never encode one twice (``manifests``)."""
     held_out: float = 0.01
     """Share of the rows of every set that is not trained on but measured (drawn data has a split of its own)."""
 
@@ -186,7 +188,8 @@ class OptimConfig:
     freeze: tuple[str, ...] = ()
     """Regular expressions of parameters that are not trained."""
     frozen_dtype: str = "fp32"
-    """``bf16`` keeps the frozen parameters in half the memory (``manifests`` only)."""
+    """``bf16`` keeps the frozen matrices in half the memory, ``int8`` those of the decoder layers in a quarter (through
+    bitsandbytes) and the others in half (``manifests`` only)."""
 
     def __post_init__(self) -> None:
         require(
@@ -194,7 +197,7 @@ class OptimConfig:
         )
         require(self.lr > 0 and self.eps > 0, "optim.lr and optim.eps must be positive")
         require(self.warmup >= 0 and self.clip >= 0, "optim.warmup and optim.clip must not be negative")
-        require(self.frozen_dtype in ("fp32", "bf16"), "optim.frozen_dtype must be fp32 or bf16")
+        require(self.frozen_dtype in ("fp32", "bf16", "int8"), "optim.frozen_dtype must be fp32, bf16 or int8")
 
 
 @dataclass(frozen=True)
@@ -234,6 +237,10 @@ class LoopConfig:
     """Compute activations again in the backward pass instead of keeping them."""
     shard: str = "no"
     """``fsdp`` spreads parameters, gradients and optimizer state over the processes (``manifests`` only, ``ema`` 0)."""
+    reshard: bool = True
+    """Free gathered weights behind a unit's forward pass and gather them again for its backward pass (``fsdp``)."""
+    offload: bool = False
+    """Keep shards and moments in the host's memory (``fsdp``)."""
     trackers: tuple[str, ...] = ()
     """``tensorboard``, ``wandb`` … through accelerate."""
 
@@ -276,6 +283,8 @@ class MeasureConfig:
     task: str = ""
     """Command that makes the results (``vqa``, ``caption`` …); empty measures nothing."""
     metric: str = ""
+    measure: str = ""
+    """Which of the metric's measures is the figure; empty means its first."""
     ask: dict[str, Any] = field(default_factory=dict)
     """The command's own options."""
     settings: dict[str, Any] = field(default_factory=dict)
