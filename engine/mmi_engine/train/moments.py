@@ -4,7 +4,7 @@
 
 Place in the flow: ``collate.py`` looks moments up while it builds a batch; what is missing is encoded on the device by
 the training process, one picture at a time, so that a picture's moments depend on nothing else. The key is the hash of
-the square itself: crop, mirroring and size are in it. The file is named after the codec's weights. All is done in float32:
+the square itself: crop, mirroring and size are in it. The file is named after the codec and its size. All in float32:
 the image loss is that of a float32 run that encodes anew in every step, to the rounding of convolutions over several
 pictures (to the bit, where each is encoded alone).
 """
