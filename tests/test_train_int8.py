@@ -11,6 +11,7 @@ from test_train_scale import base, fresh_accelerator, losses, rows, task_of, wei
 from train_rows import recipe_of
 
 from mmi_engine.errors import BackendError, ConfigError
+from mmi_engine.train import memory
 from mmi_engine.train.start import train
 from mmi_engine.weights import quantize
 
@@ -44,6 +45,9 @@ def test_hidden_states_stay_close_and_gradients_flow(tmp_path: Path, base: Path,
     small = task_of(tmp_path / "b", base, rows, *WORDS, FREEZE, image=0.0)
     layer = "model.language.body.layers.1.self_attn.q_proj.weight"
     assert small.module.state_dict()[layer].dtype == torch.int8
+    told = memory.before_loading(small.recipe)
+    assert told.weights == pytest.approx(memory.static(small.module, small.recipe).weights, rel=0.01)
+    assert told.weights < memory.static(exact.module, exact.recipe).weights
     batch = exact.to_device(exact.batch(0), "cpu")
     found = []
     for task in (exact, small):

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.utils import LoggerType
 from tiny import tiny_model
 from train_rows import manifest, numbers, recipe_of
 
@@ -188,7 +189,7 @@ def test_lines_reach_w_and_b_through_accelerate(
     module.config = SimpleNamespace(update=lambda values, **_: runs[-1].settings.update(values))  # type: ignore[attr-defined]
     module.init = lambda **settings: runs.append(FakeRun(**settings)) or runs[-1]  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "wandb", module)
-    monkeypatch.setattr("accelerate.tracking.is_wandb_available", lambda: True)
+    monkeypatch.setattr("accelerate.tracking._available_trackers", [LoggerType.WANDB])
     train(recipe_of(tmp_path, base, rows, 'loop.trackers=["wandb"]', "loop.steps=2"), tmp_path / "run")
     (run,) = runs
     assert run.settings["project"] == "mmi" and run.settings["steps"] == 2 and run.finished

@@ -10,10 +10,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from safetensors.torch import load_file
 from tiny import tiny_model
 from train_rows import manifest, numbers, recipe_of
 
+from mmi_cli.commands.train import train as command
 from mmi_engine.errors import ConfigError, UsageError
 from mmi_engine.model.checkpoint import load_model, save_model
 from mmi_engine.train import launched, sources
@@ -104,12 +106,31 @@ def test_what_accelerate_asks_for_and_cannot_have(tmp_path: Path, base: Path, mo
         launched.deepspeed(recipe.recipe)
     monkeypatch.setattr(launched.importlib.util, "find_spec", lambda name: name)
     plugin = launched.deepspeed(recipe.recipe)
+    assert "train_batch_size" not in plugin.deepspeed_config
     held = plugin.deepspeed_config
     assert (held["train_micro_batch_size_per_gpu"], held["gradient_accumulation_steps"]) == (2, 1)
     assert held["gradient_clipping"] == 1.0 and plugin.zero_stage == 2
-    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps({"zero_optimization": {"stage": 1}, "train_batch_size": "auto"}), encoding="utf-8")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(file))
+    named = launched.deepspeed(recipe.recipe)
+    assert named.deepspeed_config["zero_optimization"]["stage"] == 1
+    assert named.deepspeed_config["train_micro_batch_size_per_gpu"] == 2
+    file.write_text(json.dumps({"zero_optimization": {"stage": 3}}), encoding="utf-8")
     with pytest.raises(ConfigError, match="stage 3"):
         launched.deepspeed(recipe.recipe)
+
+
+def test_flags_of_the_command(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = manifest(tmp_path / "rows")
+    words = ["--recipe", "sft_vqa", "--model", str(base), "--data", f"vqav2={rows}", "--dry-run"]
+    shown = json.loads(CliRunner().invoke(command, [*words, "--fsdp", "loop.precision=fp32"]).stdout)
+    assert shown["recipe"]["loop"]["shard"] == "fsdp" and shown["recipe"]["loop"]["ema"] == 0.0
+    monkeypatch.delenv(launched.DEEPSPEED, raising=False)  # so that it is taken back
+    missing = CliRunner().invoke(command, [*words, "--deepspeed", "gone.json"])
+    assert isinstance(missing.exception, UsageError) and "gone.json" in missing.exception.message
+    both = CliRunner().invoke(command, [*words, "--deepspeed", "gone.json", "--fsdp"])
+    assert both.exit_code == 2 and "exclude" in both.output
 
 
 def test_texts_alone_reach_every_parameter_of_a_sharded_run(tmp_path: Path, base: Path) -> None:

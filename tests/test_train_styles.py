@@ -44,11 +44,13 @@ def test_regions_enclose_their_class_and_indices_are_class_numbers(tmp_path: Pat
     found = rows(tmp_path / "regions", "regions", "regions.jsonl")
     assert len({(r["id"], r["expression"]) for r in found}) == len(found) > 5
     for row in [r for r in found if r["expression"] == "the sky"]:
-        labels = np.asarray(Image.open(tmp_path / "plain" / "labels" / f"{row['id'].rsplit('-', 1)[0]}.png"))
+        with Image.open(tmp_path / "plain" / "labels" / f"{row['id'].rsplit('-', 1)[0]}.png") as picture:
+            labels = np.asarray(picture)
         ys, xs = np.nonzero(labels == 1)
         assert row["box"] == [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]
     row = rows(tmp_path / "indices", "indices", "indices.jsonl")[0]
-    assert Image.open(tmp_path / "indices" / row["segmentation"]).mode == "L"
+    with Image.open(tmp_path / "indices" / row["segmentation"]) as picture:
+        assert picture.mode == "L"
 
 
 @pytest.mark.parametrize("cast", toon_styles.CASTS)

@@ -70,9 +70,11 @@ def deepspeed(recipe: Recipe) -> Any:
         raise UsageError("DeepSpeed is asked for and not installed", remedy="pip install deepspeed")
     from accelerate import DeepSpeedPlugin
 
-    loop, clip = recipe.loop, recipe.optim.clip
-    plugin = DeepSpeedPlugin(gradient_accumulation_steps=loop.accumulate, gradient_clipping=clip or None)
+    plugin = DeepSpeedPlugin()  # reads a configuration file, or accelerate's
     if plugin.zero_stage == 3:
         raise ConfigError("ZeRO stage 3 is not used", remedy="stage 2, or examples/accelerate/fsdp.yaml")
-    plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = loop.batch_size
+    held, loop = plugin.deepspeed_config, recipe.loop
+    held["train_micro_batch_size_per_gpu"], held["gradient_accumulation_steps"] = loop.batch_size, loop.accumulate
+    held["gradient_clipping"] = recipe.optim.clip
+    held.pop("train_batch_size", None)  # follows from those and the number of processes
     return plugin

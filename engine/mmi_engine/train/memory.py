@@ -116,6 +116,7 @@ def before_loading(recipe: Recipe) -> Estimate:
         eight = kept == "int8" and LINEAR.match(name.removesuffix(".weight")) is not None
         small = frozen and kept != "fp32" and parameter.ndim > 1
         weights += parameter.numel() * ((1 if eight else 2) if small else 4)
+        weights += 4 * len(parameter) if small and eight else 0  # a scale per row
         gradients += 0 if frozen else 4 * parameter.numel()
     extra = sum(4 * recipe.lora.rank * (layer.in_features + layer.out_features) for layer in adapted.values())
     weights, gradients = weights + extra, gradients + extra
