@@ -16,7 +16,8 @@ from train_cache import small_cache
 from mmi_engine.errors import ConfigError, ModelError
 from mmi_engine.model.checkpoint import load_model, save_model
 from mmi_engine.train.loop import Loop
-from mmi_engine.train.recipe import DataConfig, LoopConfig, LossConfig, OptimConfig, Recipe
+from mmi_engine.train.recipe import Recipe
+from mmi_engine.train.sections import DataConfig, LoopConfig, LossConfig, OptimConfig
 from mmi_engine.train.vae import CodecTask, codec_config, edge_loss, load_codec, psnr
 
 CHANNELS, PATCH, WIDTH = 5, 4, 56

@@ -18,7 +18,8 @@ from mmi_engine.model.image_decoder import Draws
 from mmi_engine.train.cache import Cache
 from mmi_engine.train.image_decoder import ImageDecoderObjective, ImageDecoderTask, Kept
 from mmi_engine.train.loop import Loop
-from mmi_engine.train.recipe import DataConfig, LoopConfig, LossConfig, OptimConfig, Recipe
+from mmi_engine.train.recipe import Recipe
+from mmi_engine.train.sections import DataConfig, LoopConfig, LossConfig, OptimConfig
 
 MIXTURE = {"story": 1.0, "caption": 1.0, "t2i": 2.0, "seg2img": 2.0}
 

@@ -21,7 +21,8 @@ from mmi_engine.toon.tokenizer import VOCABULARY
 from mmi_engine.train.cache import Cache
 from mmi_engine.train.interleaved import InterleavedTask, build_model, merged, redraw
 from mmi_engine.train.loop import Loop
-from mmi_engine.train.recipe import DataConfig, LoopConfig, LossConfig, OptimConfig, Recipe
+from mmi_engine.train.recipe import Recipe
+from mmi_engine.train.sections import DataConfig, LoopConfig, LossConfig, OptimConfig
 from mmi_engine.train.vae import codec_config
 
 MIXTURE = {"story": 1.0, "caption": 1.0, "vqa": 1.0, "ground": 1.0, "t2i": 1.0, "seg2img": 1.0}

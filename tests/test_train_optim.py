@@ -10,7 +10,7 @@ from torch import nn
 
 from mmi_engine.errors import ConfigError
 from mmi_engine.train.optim import Average, cosine_with_warmup, freeze, parameter_groups
-from mmi_engine.train.recipe import GroupConfig, OptimConfig
+from mmi_engine.train.sections import GroupConfig, OptimConfig
 
 
 def test_schedule_closed_form() -> None:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from accelerate.utils import LoggerType
 from tiny import tiny_model
 from train_rows import manifest, numbers, recipe_of
 
 from mmi_engine.errors import ConfigError, UsageError
 from mmi_engine.model.checkpoint import load_model, save_model
-from mmi_engine.train import adapters, foundation, sources
+from mmi_engine.train import adapters, frozen, sources
 from mmi_engine.train.curves import read
 from mmi_engine.train.finetune import ManifestTask, sets_of
 from mmi_engine.train.sections import LoraConfig
@@ -131,13 +136,13 @@ def test_recomputing_calls_each_layer_twice(tmp_path: Path, base: Path, rows: Pa
 @pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight:UserWarning")  # RMSNorm under autocast
 def test_frozen_parts_in_half_precision(tmp_path: Path, base: Path, rows: Path) -> None:
     words = ["optim.frozen_dtype=bf16", "loop.precision=bf16"]
-    frozen = "optim.freeze=['visual_tokenizer\\.trunk\\.', 'language\\.body\\.(?!layers\\.\\d+\\.cross\\.)']"
-    task = task_of(tmp_path, base, rows, *words, frozen, image=0.0)
+    freeze = "optim.freeze=['visual_tokenizer\\.trunk\\.', 'language\\.body\\.(?!layers\\.\\d+\\.cross\\.)']"
+    task = task_of(tmp_path, base, rows, *words, freeze, image=0.0)
     kinds = {(p.requires_grad, p.dtype) for n, p in task.model.named_parameters() if n.endswith("q_proj.weight")}
     assert kinds == {(False, torch.bfloat16)}
     assert all(p.dtype == torch.float32 for p in task.model.parameters() if p.requires_grad)
-    assert foundation.halve_frozen(task.module) == 0
-    train(recipe_of(tmp_path, base, rows, *words, frozen, "loop.steps=2"), tmp_path / "run")
+    assert frozen.halve(task.module) == 0
+    train(recipe_of(tmp_path, base, rows, *words, freeze, "loop.steps=2"), tmp_path / "run")
     assert all(torch.isfinite(torch.tensor(losses(tmp_path / "run"))))
 
 
@@ -157,3 +162,38 @@ def test_best_model_sheets_and_trackers(tmp_path: Path, base: Path, rows: Path) 
     assert last["memory_gib"] > 0.05 and last["tokens_per_s"] > 0 and last["eta_s"] == 0
     with pytest.raises((UsageError, ValueError)):
         train(recipe_of(tmp_path, base, rows, 'loop.trackers=["nothing"]'), tmp_path / "other")
+
+
+class FakeRun:
+    """What accelerate's W&B tracker needs of a run; keeps what it is told."""
+
+    def __init__(self, **settings: Any) -> None:
+        self.settings, self.lines, self.finished = settings, [], False
+        self.config = SimpleNamespace(update=lambda values, **_: self.settings.update(values))
+
+    def log(self, values: dict[str, Any], step: int | None = None, **_: Any) -> None:
+        self.lines.append((step, values))
+
+    def finish(self) -> None:
+        self.finished = True
+
+
+def test_lines_reach_w_and_b_through_accelerate(
+    tmp_path: Path, base: Path, rows: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a module in W&B's place; what the real one does with it is accelerate's and W&B's."""
+    runs: list[FakeRun] = []
+    module = ModuleType("wandb")
+    module.__spec__ = ModuleSpec("wandb", None)
+    module.run = None  # type: ignore[attr-defined]
+    module.config = SimpleNamespace(update=lambda values, **_: runs[-1].settings.update(values))  # type: ignore[attr-defined]
+    module.init = lambda **settings: runs.append(FakeRun(**settings)) or runs[-1]  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    monkeypatch.setattr("accelerate.tracking._available_trackers", [LoggerType.WANDB])
+    train(recipe_of(tmp_path, base, rows, 'loop.trackers=["wandb"]', "loop.steps=2"), tmp_path / "run")
+    (run,) = runs
+    assert run.settings["project"] == "mmi" and run.settings["steps"] == 2 and run.finished
+    written = [line for line in read(tmp_path / "run" / "metrics.jsonl") if "loss" in line]
+    sent = {step: values["loss"] for step, values in run.lines if "loss" in values}
+    assert sent == {line["step"]: pytest.approx(line["loss"]) for line in written} and len(sent) == 2
+    assert any("val_text" in values for _, values in run.lines)

@@ -15,7 +15,8 @@ from mmi_engine.data.manifest import Manifest
 from mmi_engine.errors import RowError
 from mmi_engine.train import sources
 from mmi_engine.train.documents import Choices, draft
-from mmi_engine.train.recipe import DataConfig, resolve
+from mmi_engine.train.recipe import resolve
+from mmi_engine.train.sections import DataConfig
 from mmi_engine.train.toon_documents import RELATED, UNRELATED, write_documents
 
 

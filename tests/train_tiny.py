@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from mmi_engine.train.loop import Loop
-from mmi_engine.train.recipe import LoopConfig, OptimConfig, Recipe
+from mmi_engine.train.recipe import Recipe
+from mmi_engine.train.sections import LoopConfig, OptimConfig
 
 
 class Regression(nn.Module):

@@ -44,8 +44,9 @@ class InterleavedBatch:
 
     text_ids ``[B, T]`` long · attention_mask ``[B, T]`` long, 0 on padding · images ``[ΣN, 3, h, w]`` in [0, 1], in
     order of appearance over the batch · image_counts ``[B]`` long · target_ids ``[B, T]`` long, −100 = no loss, aligned
-    with text_ids (the model shifts) · latents ``[ΣN, C, h', w']`` scaled, or images_dec ``[ΣN, 3, H, W]`` in [0, 1],
-    of the pictures to be drawn · image_loss_mask ``[ΣN]`` float.
+    with text_ids (the model shifts) · latents ``[ΣN, C, h', w']`` scaled, or moments ``[ΣN, 2C, h', w']``
+    (posterior mean and standard deviation, unscaled), or images_dec ``[ΣN, 3, H, W]`` in [0, 1], of the pictures to be
+    drawn · image_loss_mask ``[ΣN]`` float.
     """
 
     text_ids: Tensor
@@ -56,6 +57,7 @@ class InterleavedBatch:
     latents: Tensor | None = None
     images_dec: Tensor | None = None
     image_loss_mask: Tensor | None = None
+    moments: Tensor | None = None
 
     def to(self, device: torch.device | str) -> InterleavedBatch:
         """The same batch on another device; from pinned memory the host does not wait."""

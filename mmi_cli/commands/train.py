@@ -40,6 +40,10 @@ data unless --data names others. Every number can be set on the command line: op
     metavar="[NAME=]MANIFEST",
     help="JSON lines to train on, for the recipe's set NAME or as a set of their own; may be repeated.",
 )
+@click.option(
+    "--fsdp", is_flag=True, help="Spread weights and moments over the processes (loop.shard=fsdp loop.ema=0.0)."
+)
+@click.option("--deepspeed", metavar="CONFIG", help="DeepSpeed's JSON file, stages 0 to 2, on CUDA devices.")
 @click.option("--resume", is_flag=True, help="Go on from the newest checkpoint in the run directory.")
 @click.option(
     "--dry-run",
@@ -53,6 +57,8 @@ def train(
     out: str | None,
     model: str | None,
     data: tuple[str, ...],
+    fsdp: bool,
+    deepspeed: str | None,
     resume: bool,
     dry_run: bool,
     overrides: tuple[str, ...],
@@ -64,6 +70,9 @@ def train(
     """
     from mmi_engine.train.start import train as run
 
+    if deepspeed is not None:
+        _ask_for_deepspeed(deepspeed, fsdp)
+    overrides = ("loop.shard=fsdp", "loop.ema=0.0", *overrides) if fsdp else overrides
     directory = Path(out) if out else None
     resolved = _resolved(name, directory if resume else None, model, data, overrides)
     if dry_run:
@@ -82,6 +91,15 @@ def train(
     with _Reporter(console.current()) as reporter:
         figures = run(resolved, directory, resume=resume, report=reporter)
     _conclude(resolved.recipe, directory, figures)
+
+
+def _ask_for_deepspeed(config: str, fsdp: bool) -> None:
+    """What `accelerate launch` would say in the environment for a DeepSpeed configuration file."""
+    if fsdp:
+        raise click.UsageError("--fsdp and --deepspeed exclude each other")
+    if not Path(config).is_file():
+        raise UsageError(f'--deepspeed "{config}": no such file', remedy="name DeepSpeed's JSON configuration")
+    os.environ |= {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": config}
 
 
 def _resolved(

@@ -115,6 +115,7 @@ class ImageDecoder(nn.Module):
         images: Tensor | None,
         weights: Tensor,
         draws: Draws,
+        moments: Tensor | None = None,
         noise_repeats: int = 1,
         seeing: int | None = None,
     ) -> DiffusionResult:
@@ -125,7 +126,8 @@ class ImageDecoder(nn.Module):
             features: feature maps ``[N, M, C, h_l, w_l]`` of the context images.
             visible: ``[N, M]``.
             latents: ``[N, C, h, w]`` scaled; or ``None`` and
-            images: ``[N, 3, H, W]`` in [0, 1], encoded without gradient.
+            images: ``[N, 3, H, W]`` in [0, 1], encoded without gradient; unless there are
+            moments: ``[N, 2C, h, w]``, the posterior's mean and standard deviation, computed before.
             weights: ``[N]`` multiplies every image's loss; the loss is their weighted sum.
             draws: random numbers; missing ones are drawn.
             noise_repeats: noise levels per image; context and features are computed once for all of them.
@@ -135,7 +137,9 @@ class ImageDecoder(nn.Module):
         uniform = draws.uncond_uniform if draws.uncond_uniform is not None else torch.rand_like(tokens[:, :1, :1])
         dropped = uniform < self.config.unconditional_probability
         tokens = torch.where(dropped, self.unconditional.to(tokens.dtype), tokens)
-        if latents is None:
+        if latents is None and moments is not None:
+            latents = self.codec.sample(*moments.chunk(2, 1), draws.vae_noise)
+        elif latents is None:
             assert images is not None
             with torch.no_grad():
                 latents = self.codec.encode(images, draws.vae_noise)

@@ -130,7 +130,7 @@ class MMInterleaved(nn.Module):
         if not bool((targets != NO_LOSS).any()):
             loss_text = logits.sum() * 0.0  # the mean over nothing would be NaN
         loss = self.config.loss_text_weight * loss_text
-        if batch.latents is None and batch.images_dec is None:
+        if batch.latents is None and batch.images_dec is None and batch.moments is None:
             return Output(loss, loss_text, None, logits)
         diffusion = self.image_loss(batch, hidden, visual, draws or Draws(), noise_repeats)
         loss = loss + self.config.loss_image_weight * diffusion.loss
@@ -154,7 +154,7 @@ class MMInterleaved(nn.Module):
             counted = counted * batch.image_loss_mask
         visible = decoder_visibility(batch.text_ids, tokens, self.config.image_decoder.context_images)
         features = [previous_images(m, visible.shape[1]) for m in visual.features]
-        latents, pictures = batch.latents, batch.images_dec
+        latents, pictures, moments = batch.latents, batch.images_dec, batch.moments
         divisor = counted.sum().clamp(min=1) if self.config.image_loss_mean == "counted" else float(len(counted))
         if draws.uncond_uniform is None:  # an image without weight need not be drawn; given draws fix the row count
             kept = counted.nonzero().squeeze(1)
@@ -164,12 +164,14 @@ class MMInterleaved(nn.Module):
             features = [m[kept] for m in features]
             latents = None if latents is None else latents[kept]
             pictures = None if pictures is None else pictures[kept]
+            moments = None if moments is None else moments[kept]
         return self.image_decoder.diffusion_loss(
             condition,
             features,
             visible,
             latents=latents,
             images=pictures,
+            moments=moments,
             weights=counted / divisor,
             draws=draws,
             noise_repeats=noise_repeats,

@@ -41,9 +41,14 @@ class ImageCodec(nn.Module):
     def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
         """Scaled latents: a posterior sample (standard normal ``noise`` of the latent's shape, drawn when ``None``)."""
         posterior = self.posterior(images)
+        return self.sample(posterior.mean, posterior.std, noise)
+
+    def sample(self, mean: Tensor, deviation: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Scaled latents from a posterior's unscaled mean and standard deviation ``[N, C, h, w]``."""
+        mean, deviation = mean.contiguous(), deviation.contiguous()  # random numbers fill a tensor in memory's order
         if noise is None:
-            noise = torch.randn_like(posterior.mean)
-        return (posterior.mean + posterior.std * noise) * self.scaling_factor
+            noise = torch.randn_like(mean)
+        return (mean + deviation * noise) * self.scaling_factor
 
     def reconstruct(self, latents: Tensor) -> Tensor:
         """Decoder output for unscaled latents, in [-1, 1] up to overshoot (not clamped, for losses)."""

@@ -8,6 +8,7 @@ recipe freezes them. Source: Hu et al. 2021, "LoRA"; Chen et al. 2016, "Training
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -57,11 +58,14 @@ def targets(model: nn.Module, config: LoraConfig) -> list[str]:
     return found
 
 
-def merged_state(model: nn.Module, state: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+def merged_state(
+    model: nn.Module, state: dict[str, Tensor] | None = None, stored: Callable[[str], Tensor] | None = None
+) -> dict[str, Tensor]:
     """The model's weights under their usual names, adapters folded in.
 
     Args:
         state: the weights, where the model itself holds parts of them only.
+        stored: name → weight of the base, for those that are kept in 8 bits here.
     """
     weights = model.state_dict() if state is None else state
     scales: dict[str, float] = {}
@@ -70,9 +74,11 @@ def merged_state(model: nn.Module, state: dict[str, Tensor] | None = None) -> di
             scales[f"{name}.weight"] = module.scaling["default"]
     merged: dict[str, Tensor] = {}
     for name, value in weights.items():
-        if ".lora_" in name:
+        if ".lora_" in name or name.endswith((".SCB", ".weight_format")):  # the latter two come with 8-bit weights
             continue
         plain = name.replace(BASE, ".")
+        if value.dtype == torch.int8 and stored is not None:
+            value = stored(plain)
         if plain in scales:
             layer = plain.removesuffix(".weight")
             low, high = (weights[f"{layer}.lora_{side}.default.weight"].float() for side in "AB")

@@ -23,6 +23,7 @@ from mmi_engine.errors import ItemError, TextTooLongError
 from mmi_engine.sequence import NO_LOSS, InterleavedBatch, Piece, image_block, pad_rows, text_targets
 from mmi_engine.tasks.ground import to_square
 from mmi_engine.train.documents import BOX_ROOM, View, box_text
+from mmi_engine.train.moments import Moments, key_of
 from mmi_engine.train.packing import Blend, Encoded, Layout, Planned, Slot, Stream, encode
 
 
@@ -35,6 +36,9 @@ class ManifestBatch:
     names: list[str]
     dropped: Counter[str] = field(default_factory=Counter)
     tokens: int = 0
+    keys: list[str] = field(default_factory=list)
+    """With kept latents: a picture's key, empty where nothing is to be drawn."""
+    known: dict[str, np.ndarray] = field(default_factory=dict)
 
     def to(self, device: torch.device | str) -> ManifestBatch:
         """The batch on ``device``, pictures as float ``[ΣN, 3, side, side]`` in [0, 1]."""
@@ -79,13 +83,17 @@ class Feed:
         layout: tokens and row length.
         sizes: of the pictures.
         palette: colours of semantic maps.
+        moments: kept latents.
 
     A batch without a picture gets a black one that carries no loss: the visual tokenizer must have something to read,
     and all parts of the model take part in every step.
     """
 
-    def __init__(self, blend: Blend, layout: Layout, sizes: Sizes, palette: Palette) -> None:
+    def __init__(
+        self, blend: Blend, layout: Layout, sizes: Sizes, palette: Palette, moments: Moments | None = None
+    ) -> None:
         self.blend, self.layout, self.sizes, self.palette = blend, layout, sizes, palette
+        self.moments = moments
 
     def batch(self, index: int, size: int) -> ManifestBatch:
         """Rows ``index · size`` … of the stream as one right-padded batch."""
@@ -103,12 +111,32 @@ class Feed:
         tokens = sum(len(row.ids) for row in rows)
         if not any(row.drawn for row in rows):
             rows, flags = [*rows, self._blank()], [*flags, False]
-        return ManifestBatch(
+        made = ManifestBatch(
             self._inputs(rows, flags),
             [name for row in rows for name in row.names],
             dropped,
             tokens,
         )
+        return self._looked_up(made) if self.moments is not None else made
+
+    def _looked_up(self, batch: ManifestBatch) -> ManifestBatch:
+        """The batch with what is kept of its pictures' latents, and without their squares where that is all."""
+        assert self.moments is not None
+        squares, mask = batch.inputs.images_dec, batch.inputs.image_loss_mask
+        if squares is None or mask is None:
+            return batch
+        keys = [key_of(squares[n].numpy()) if float(mask[n]) else "" for n in range(len(squares))]
+        known = self.moments.known(keys)
+        all_known = all(not key or key in known for key in keys)
+        inputs = replace(batch.inputs, images_dec=None) if all_known else batch.inputs
+        return replace(batch, inputs=inputs, keys=keys, known=known)
+
+    def encoded(self, batch: ManifestBatch) -> ManifestBatch:
+        """The batch with latents' moments in place of squares; called by the process that has the codec."""
+        if self.moments is None or not batch.keys:
+            return batch
+        moments = self.moments.of(batch.keys, batch.known, batch.inputs.images_dec)
+        return replace(batch, inputs=replace(batch.inputs, images_dec=None, moments=moments), keys=[], known={})
 
     def _blank(self) -> _Row:
         """A document of one black picture without any loss."""

@@ -24,15 +24,18 @@ from torch import Tensor, nn
 from mmi_engine.data.maps import Palette
 from mmi_engine.errors import ConfigError
 from mmi_engine.model_info import family_of, weight_files
-from mmi_engine.train import adapters, foundation, memory, sharding, sources
+from mmi_engine.train import adapters, cache, foundation, frozen, memory, sharding, sources
 from mmi_engine.train.collate import Feed, ManifestBatch, Sizes, describe
 from mmi_engine.train.documents import Choices
-from mmi_engine.train.interleaved import InterleavedObjective
+from mmi_engine.train.interleaved import InterleavedObjective, codec_key
+from mmi_engine.train.moments import Moments
 from mmi_engine.train.optim import freeze
 from mmi_engine.train.packing import Blend, Layout, Stream
 from mmi_engine.train.processes import process_state
-from mmi_engine.train.recipe import DataConfig, Recipe
+from mmi_engine.train.recipe import Recipe
 from mmi_engine.train.rows import RowIndex
+from mmi_engine.train.sections import DataConfig
+from mmi_engine.weights import quantize
 
 Report = Callable[[dict[str, Any]], None]
 Sets = list[RowIndex]
@@ -60,10 +63,13 @@ class ManifestTask:
         freeze(self.module, recipe.optim.freeze)
         if recipe.lora.rank:
             adapters.adapt(self.model, recipe.lora)
-        if recipe.optim.frozen_dtype == "bf16":
-            foundation.halve_frozen(self.module)
+        if recipe.optim.frozen_dtype == "int8":
+            frozen.eight_bits(self.model)
+        if recipe.optim.frozen_dtype != "fp32":
+            frozen.halve(self.module)
         if recipe.loop.activation_checkpointing:
             adapters.checkpoint_activations(self.model)
+        self.moments = self._moments() if recipe.data.keep_latents and recipe.loss.image else None
         self.train = self._feed(train, recipe.seed, directory / "plan")
         self.val = self._feed(val, recipe.seed + 1, None)
         self.dropped: Counter[str] = Counter()
@@ -81,7 +87,17 @@ class ManifestTask:
             (data.decoder_px or config.image_decoder.vae.image_size) if self.recipe.loss.image else 0,
         )
         blend = Blend(streams, [entry.weight for entry in data.sets], seed)
-        return Feed(blend, layout, sizes, Palette.find(data.palette))
+        return Feed(blend, layout, sizes, Palette.find(data.palette), self.moments)
+
+    def _moments(self) -> Moments:
+        """Kept latents of the codec, which must be frozen; raises ConfigError."""
+        codec = self.model.codec
+        if any(parameter.requires_grad for parameter in codec.parameters()):
+            raise ConfigError("data.keep_latents needs a frozen codec", remedy="add 'codec\\.' to optim.freeze")
+        data = self.recipe.data
+        root = Path(data.cache) if data.cache else cache.default_root().parent
+        side = data.decoder_px or self.model.config.image_decoder.vae.image_size
+        return Moments(root / "latents", codec, side, codec_key(codec))
 
     def batch(self, index: int) -> ManifestBatch:
         """Micro-batch ``index``."""
@@ -94,7 +110,7 @@ class ManifestTask:
             rank = process_state().process_index
             path = self.directory / ("dropped.json" if rank == 0 else f"dropped-{rank}.json")
             path.write_text(json.dumps(dict(sorted(self.dropped.items())), indent=2) + "\n", encoding="utf-8")
-        return batch.to(device)
+        return self.train.encoded(batch).to(device)
 
     def ids(self, batch: ManifestBatch) -> list[str]:
         """``set:id`` of every document."""
@@ -116,7 +132,7 @@ class ManifestTask:
         size = min(EVALUATION_BATCH, self.recipe.loop.batch_size)
         for index in range(max(1, samples // size)):
             torch.manual_seed(index)
-            batch = self.val.batch(index, size).to(self.model.device)
+            batch = self.val.encoded(self.val.batch(index, size)).to(self.model.device)
             with self.precision():
                 _, parts = self.module(batch)
             for name, value in parts.items():
@@ -140,13 +156,13 @@ class ManifestTask:
 
     def export(self, directory: Path) -> None:
         """Model directory with adapters folded in and the base's unloaded parts beside the trained ones."""
-        self._write(directory, adapters.merged_state(self.model))
+        self._write(directory, adapters.merged_state(self.model, stored=self.base.stored))
 
     def export_state(self, directory: Path, state: dict[str, Tensor]) -> None:
         """As :meth:`export`, from the objective's whole weights gathered from several processes."""
         prefix = "model."
         gathered = {name.removeprefix(prefix): value for name, value in state.items()}
-        self._write(directory, adapters.merged_state(self.model, gathered))
+        self._write(directory, adapters.merged_state(self.model, gathered, self.base.stored))
 
     def _write(self, directory: Path, state: dict[str, Tensor]) -> None:
         foundation.export(self.base, state, directory, STORED[self.recipe.loop.precision])
@@ -164,10 +180,16 @@ def check(recipe: Recipe) -> None:
 
 def check_numbers(recipe: Recipe) -> None:
     """Numbers that contradict each other; raises ConfigError."""
-    halves = recipe.optim.frozen_dtype == "bf16"
-    if halves and recipe.loop.precision != "bf16":
+    kept = recipe.optim.frozen_dtype
+    if kept != "fp32" and recipe.loop.precision != "bf16":
         remedy = "add optim.frozen_dtype=fp32, or train with loop.precision=bf16, which a CPU can as well"
-        raise ConfigError("optim.frozen_dtype bf16 needs loop.precision bf16", remedy=remedy)
+        raise ConfigError(f"optim.frozen_dtype {kept} needs loop.precision bf16", remedy=remedy)
+    if kept == "int8" and recipe.loop.shard == "fsdp":
+        raise ConfigError("8-bit weights are not sharded", remedy="optim.frozen_dtype=bf16, or loop.shard=no")
+    if kept == "int8":
+        quantize.library()
+    if recipe.data.keep_latents and recipe.loop.shard == "fsdp":
+        raise ConfigError("data.keep_latents needs a whole codec in every process", remedy="leave it, or loop.shard=no")
     if not recipe.loss.text and not recipe.loss.image:
         raise ConfigError("loss.text and loss.image are both 0", remedy="give one a weight")
 
@@ -297,7 +319,8 @@ class Benchmark:
 
         self.report({"stage": f"measuring {name}", "done": 0, "total": 1})
         out = self.directory / "measured" / name
-        return measure(model, self.config, self._manifest(split), out, self.recipe.loop.threads or None)
+        base = str(self.recipe.model["base"])
+        return measure(model, self.config, self._manifest(split), out, self.recipe.loop.threads or None, base)
 
     def _kept(self) -> dict[str, Any]:
         return json.loads(self.path.read_text(encoding="utf-8")) if self.path.is_file() else {}

@@ -53,6 +53,16 @@ class Foundation:
     fresh: list[str]
     left: str = ""
 
+    def stored(self, name: str) -> Tensor:
+        """A weight as the base has it, in float32; raises ModelError where the base does not have it."""
+        for path in weight_files(self.directory):
+            with safe_open(path, framework="pt") as file:
+                there = set(file.keys())
+                found = next((called for called in _called(name) if called in there), None)
+                if found is not None:
+                    return file.get_tensor(found).float()
+        raise ModelError(f"{self.directory} has no weight {name}", remedy="name the base of the run")
+
 
 def configuration(recipe: Recipe) -> tuple[ModelConfig, Path]:
     """The configuration that the recipe trains, and the base's directory; no weight is read.
@@ -175,18 +185,3 @@ def export(foundation: Foundation, state: dict[str, Tensor], directory: Path, dt
     text.write_text(config.to_json(), encoding="utf-8")
     os.replace(text, directory / "config.json")
     foundation.model.tokenizer.copy_to(directory)
-
-
-def halve_frozen(model: nn.Module) -> int:
-    """Keep the matrices of frozen linear, convolution and embedding layers in bfloat16; returns the bytes saved.
-
-    Vectors stay: they cost nothing, and norms want them in float32.
-    """
-    saved = 0
-    for module in model.modules():
-        if isinstance(module, nn.Linear | nn.Conv2d | nn.Embedding):
-            weight = module.weight
-            if not weight.requires_grad and weight.dtype == torch.float32:
-                module.weight = nn.Parameter(weight.detach().to(torch.bfloat16), requires_grad=False)
-                saved += 2 * weight.numel()
-    return saved

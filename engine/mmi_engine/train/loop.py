@@ -24,7 +24,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import Tensor
 
 from mmi_engine.errors import GenerationError, Interrupted, OutputError
-from mmi_engine.train import checkpoints, sharding
+from mmi_engine.train import checkpoints, launched, sharding
 from mmi_engine.train.curves import MetricsFile
 from mmi_engine.train.loader import stream
 from mmi_engine.train.optim import Average, cosine_with_warmup, freeze, parameter_groups
@@ -67,12 +67,13 @@ class Loop:
             log_with=list(loop.trackers) or None,
             project_dir=str(directory / "trackers") if loop.trackers else None,
             # a batch without a picture to draw leaves the image decoder without gradients
+            deepspeed_plugin=launched.deepspeed(recipe),
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
         )
         freeze(task.module, recipe.optim.freeze)
         self.sharded = loop.shard == "fsdp" and self.accelerator.num_processes > 1
         if self.sharded:
-            sharding.shard(task.module, self.accelerator.device, self.accelerator.num_processes)
+            sharding.shard(task.module, self.accelerator.device, self.accelerator.num_processes, loop)
         groups = parameter_groups(task.module, recipe.optim)
         self.names = [name for group in groups for name in group["names"]]
         self.peaks = [group["lr"] for group in groups]

@@ -9,11 +9,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from mmi_engine.errors import ConfigError
 from mmi_engine.train.sections import MeasureConfig
 
 
 def measure(
-    model: Path | str, config: MeasureConfig, manifest: Path, out: Path, threads: int | None = None
+    model: Path | str,
+    config: MeasureConfig,
+    manifest: Path,
+    out: Path,
+    threads: int | None = None,
+    encoder: str = "",
 ) -> dict[str, Any]:
     """Generate for the first ``items`` rows and score them.
 
@@ -23,9 +29,10 @@ def measure(
         manifest: held-out rows with their truth.
         out: folder of the results; what is there already is not made again.
         threads: of the CPU.
+        encoder: model whose encoder serves the encoder distances; empty means ``model``, which changes with training.
 
     Returns:
-        ``name``, ``value``, ``low``, ``high`` of the metric's first measure, ``items``, and all ``measures``.
+        ``name``, ``value``, ``low``, ``high`` of the measure, ``items``, and all ``measures``.
     """
     from mmi_engine.metrics import pairs, produce, score
     from mmi_engine.metrics.base import Options
@@ -40,8 +47,8 @@ def measure(
     produce.produce(part, task, manifest, out, choices, limit=config.items)
     references = pairs.read_references(manifest)
     references = references.only(row.id for row in references.rows[: config.items])
-    cards = score.evaluate([config.metric], references, pairs.read_results(out), Options(model=str(model)))
-    first = cards[0].headline
+    cards = score.evaluate([config.metric], references, pairs.read_results(out), Options(model=encoder or str(model)))
+    first = _chosen(cards[0], config)
     return {
         "name": f"{cards[0].metric} {first.name}",
         "value": float(first.value),
@@ -53,8 +60,14 @@ def measure(
     }
 
 
-def sentence(before: dict[str, Any], after: dict[str, Any]) -> str:
-    """``exact accuracy 61.3 → 78.0 % (150 items)``."""
-    unit = f" {after['unit']}" if after["unit"] else ""
-    items = f"{after['items']} held-out items"
-    return f"{after['name']} {before['value']:.4g} → {after['value']:.4g}{unit} ({items})"
+def _chosen(card: Any, config: MeasureConfig) -> Any:
+    """The measure that the recipe names; raises ConfigError where the metric has no such one."""
+    if not config.measure:
+        return card.headline
+    found = next((measure for measure in card.measures if measure.name == config.measure), None)
+    if found is None:
+        names = ", ".join(measure.name for measure in card.measures)
+        raise ConfigError(
+            f"measure.measure: {config.metric} has no {config.measure!r}", remedy=f"its measures: {names}"
+        )
+    return found

@@ -70,7 +70,7 @@ def tried(task: Any, recipe: Recipe, processes: int = 1) -> Estimate:
         task: a :class:`mmi_engine.train.finetune.ManifestTask` on the CPU.
     """
     fixed = static(task.module, recipe, processes)
-    batch = task.train.batch(0, recipe.loop.batch_size).to("cpu")
+    batch = task.train.encoded(task.train.batch(0, recipe.loop.batch_size)).to("cpu")
     known = {p.untyped_storage().data_ptr() for p in [*task.module.parameters(), *task.module.buffers()]}
     inputs = [value for value in vars(batch.inputs).values() if isinstance(value, Tensor)]
     known |= {value.untyped_storage().data_ptr() for value in inputs}
@@ -100,19 +100,23 @@ def before_loading(recipe: Recipe) -> Estimate:
     """Everything but activations from the configuration: modules on the meta device, no weight read."""
     from mmi_engine.model.interleaved import MMInterleaved
     from mmi_engine.train.foundation import configuration
+    from mmi_engine.weights.quantize import LINEAR
 
     config, _ = configuration(recipe)
     with torch.device("meta"):
         model = MMInterleaved(config)
     if not recipe.loss.image:
         model.image_decoder = nn.Identity()  # type: ignore[assignment]
-    halves = recipe.optim.frozen_dtype == "bf16"
+    kept = recipe.optim.frozen_dtype
     adapted = _adapted(model, recipe)
     weights = gradients = 0
     for name, parameter in model.named_parameters():
         frozen = any(re.search(p, f"model.{name}") for p in recipe.optim.freeze) or name.endswith("ignore_token")
         frozen = frozen or name.rpartition(".")[0] in adapted
-        weights += parameter.numel() * (2 if frozen and halves and parameter.ndim > 1 else 4)
+        eight = kept == "int8" and LINEAR.match(name.removesuffix(".weight")) is not None
+        small = frozen and kept != "fp32" and parameter.ndim > 1
+        weights += parameter.numel() * ((1 if eight else 2) if small else 4)
+        weights += 4 * len(parameter) if small and eight else 0  # a scale per row
         gradients += 0 if frozen else 4 * parameter.numel()
     extra = sum(4 * recipe.lora.rank * (layer.in_features + layer.out_features) for layer in adapted.values())
     weights, gradients = weights + extra, gradients + extra

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mmi_engine.errors import ConfigError
-from mmi_engine.train.recipe import OptimConfig
+from mmi_engine.train.sections import OptimConfig
 
 NORM_LAYERS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mmi_engine.train.interleaved import InterleavedObjective
+from mmi_engine.train.sections import LoopConfig
 
 MODEL, OPTIMIZER = "model.safetensors", "optimizer.bin"
 
@@ -46,19 +47,21 @@ def units(model: Any) -> list[nn.Module]:
     return [*blocks, *model.visual_tokenizer.trunk.layers]
 
 
-def shard(module: Any, device: torch.device, processes: int) -> None:
-    """Shard an objective in place over all processes."""
+def shard(module: Any, device: torch.device, processes: int, loop: LoopConfig) -> None:
+    """Shard an objective in place over all processes, as ``loop.reshard`` and ``loop.offload`` say."""
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 
     mesh = init_device_mesh(device.type, (processes,))
-    if device.type == "cuda":
+    offload = CPUOffloadPolicy(pin_memory=device.type == "cuda") if loop.offload else OffloadPolicy()
+    how: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": loop.reshard, "offload_policy": offload}
+    if device.type == "cuda" and not loop.offload:
         module.to(device)
     for parameter in module.parameters():  # channels-last weights cannot be cut into shards
         parameter.data = parameter.data.contiguous()
     for layer in units(module.model):
-        fully_shard(layer, mesh=mesh)
-    fully_shard(module, mesh=mesh)
+        fully_shard(layer, **how)
+    fully_shard(module, **how)
 
 
 def full_state(module: nn.Module) -> dict[str, Tensor]:

@@ -11,10 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mmi_engine.errors import ConfigError, UsageError
-from mmi_engine.train.recipe import DataConfig
-from mmi_engine.train.sections import SetConfig
+from mmi_engine.train.sections import DataConfig, SetConfig
 
-# manifest of `mmi data make toon` → the task that draws it
+# manifest of `mmi data make toon`, or of documents → the task that draws it (others: a style of toon_styles)
 TOON_TASKS = {
     "stories.jsonl": "story", "stories_full.jsonl": "story", "captions.jsonl": "caption", "vqa.jsonl": "vqa",
     "ground.jsonl": "ground", "t2i.jsonl": "t2i", "seg2img.jsonl": "seg2img", "documents.jsonl": "document",
@@ -69,22 +68,23 @@ def drawn(data: DataConfig, names: set[str], split: str, count: int, progress: C
         progress: called with (drawn, in all).
     """
     from mmi_engine.toon.dataset import make_dataset
-    from mmi_engine.train import cache
+    from mmi_engine.train import cache, toon_styles
     from mmi_engine.train.toon_documents import write_documents
 
     root = Path(data.cache) if data.cache else cache.default_root()
     folder = root / cache.fingerprint() / "rows" / f"{split}-{count}"
-    tasks = sorted({TOON_TASKS[name] for name in names})
-    for task in tasks:
-        place = folder / task
+    for place in sorted({_place(folder, name) for name in names}):
         if (place / "complete").is_file():
             continue
-        partial = folder / f".{task}.{os.getpid()}"
+        task = place.name.split(".")[0]
+        partial = folder / f".{place.name}.{os.getpid()}"
         partial.mkdir(parents=True, exist_ok=True)
         if task == "document":
             write_documents(partial, split, count, progress)
-        else:
+        elif task in TOON_TASKS.values():
             make_dataset(partial, split, count, tasks=(task,), progress=progress)
+        else:
+            toon_styles.write(partial, task, split, count, progress)
         (partial / "complete").write_text("", encoding="utf-8")
         if place.exists():  # another process was faster
             continue
@@ -94,4 +94,20 @@ def drawn(data: DataConfig, names: set[str], split: str, count: int, progress: C
 
 def manifest_of(folder: Path, name: str) -> Path:
     """A drawn manifest inside the folder that :func:`drawn` returned."""
-    return folder / TOON_TASKS[name] / name
+    return _place(folder, name) / name
+
+
+def _place(folder: Path, name: str) -> Path:
+    """Where a drawn manifest lies: a folder per task, or per style and version.
+
+    Raises:
+        ConfigError: nothing draws a manifest of this name.
+    """
+    from mmi_engine.train import toon_styles
+
+    if name in TOON_TASKS:
+        return folder / TOON_TASKS[name]
+    if name in toon_styles.MANIFESTS_OF:
+        return folder / f"{toon_styles.MANIFESTS_OF[name]}.{toon_styles.version()}"
+    known = ", ".join((*TOON_TASKS, *toon_styles.MANIFESTS_OF))
+    raise ConfigError(f"the built-in world has no rows {name!r}", remedy=f"toon is one of {known}")

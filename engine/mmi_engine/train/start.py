@@ -36,10 +36,11 @@ def train(
     Raises:
         ConfigError, OutputError, Interrupted, NotFiniteError: see :class:`mmi_engine.train.loop.Loop`.
     """
-    from mmi_engine.train import cache
+    from mmi_engine.train import cache, launched
     from mmi_engine.train.loop import Loop
     from mmi_engine.train.processes import process_state
 
+    resolved = launched.adapted(resolved)
     if resolved.recipe.data.source == "manifests":
         return _finetune(resolved, directory, resume=resume, report=report)
     report = report or (lambda _: None)

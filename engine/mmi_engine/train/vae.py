@@ -27,7 +27,8 @@ from mmi_engine.model.checkpoint import load_model, save_model
 from mmi_engine.model.config import VAEConfig
 from mmi_engine.model.vae import ImageCodec
 from mmi_engine.train.cache import FRAMES, Cache
-from mmi_engine.train.recipe import LossConfig, Recipe
+from mmi_engine.train.recipe import Recipe
+from mmi_engine.train.sections import LossConfig
 
 PREVIEW = 6
 
