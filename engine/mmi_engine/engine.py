@@ -302,7 +302,7 @@ class ModelEngine:
             TextTooLongError: it is clear already that the item does not fit.
         """
         from mmi_engine import sequence
-        from mmi_engine.generate.interleave import check_room, padded
+        from mmi_engine.generate.reading import check_room, padded
 
         config = self._model.config
         known = [piece if piece.value is not None else replace(piece, value="") for piece in job.pieces]

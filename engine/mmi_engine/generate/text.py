@@ -15,21 +15,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from mmi_engine.generate.reading import Prompt, Reading, read
 from mmi_engine.generate.reuse import Anew, Reuse, language_anew
 from mmi_engine.generate.settings import Settings
 from mmi_engine.model.interleaved import MMInterleaved
 from mmi_engine.model.language import VisualContext
-from mmi_engine.model.vision import VisualOutput
-
-
-@dataclass
-class Prompt:
-    """Left-padded ids ``[B, T]``, their mask ``[B, T]``, and the images of all rows with their counts ``[B]``."""
-
-    ids: Tensor
-    mask: Tensor
-    visual: VisualOutput | None
-    counts: Tensor
 
 
 @dataclass
@@ -42,23 +32,31 @@ class TextOutput:
 
 
 class Decoder:
-    """Prompt state of one batch: KV cache, projected images, mask and positions; rows may be reordered."""
+    """Prompt state of one batch: KV cache, projected images, mask and positions; rows may be reordered.
 
-    def __init__(self, model: MMInterleaved, prompt: Prompt, copies: int = 1, reuse: Reuse | None = None) -> None:
-        self.model, self.mask = model, prompt.mask
-        features = prompt.visual.features if prompt.visual is not None else ()
-        tokens = prompt.visual.tokens if prompt.visual is not None else prompt.ids.new_zeros(0, 1, 1, dtype=torch.float)
-        embeds = model.embed(prompt.ids, tokens)
-        visual = model.visual_context(prompt.ids, features, prompt.counts)
-        positions = (prompt.mask.cumsum(-1) - 1).masked_fill(prompt.mask == 0, 1)
-        self.cache = model.language.new_cache()
-        hidden = model.language(embeds, prompt.mask, visual, position_ids=positions, cache=self.cache)
-        self.logits = _finite(model.text_head(hidden[:, -1]).float())
-        self.position = positions[:, -1:]
+    Args:
+        model, prompt: read here unless ``reading`` is given.
+        copies: beams of every row.
+        reuse: see `generate_text`.
+    """
+
+    def __init__(
+        self,
+        model: MMInterleaved,
+        prompt: Prompt,
+        copies: int = 1,
+        reuse: Reuse | None = None,
+        reading: Reading | None = None,
+    ) -> None:
+        reading = reading or read(model, prompt)
+        self.model, self.mask = model, reading.mask
+        self.cache, visual = reading.cache, reading.visual
+        self.logits = _finite(model.text_head(reading.hidden[:, -1]).float())
+        self.position = reading.positions[:, -1:]
         self.visual = None
         if visual is not None:
-            if reuse is not None and not reuse.values:
-                visual = language_anew(model, visual, features, prompt.counts)
+            if reuse is not None and not reuse.values and prompt.visual is not None:
+                visual = language_anew(model, visual, prompt.visual.features, prompt.counts)
             self.visual = replace(visual, visible=visual.visible[:, -1:])
         if copies > 1:
             self.cache.batch_repeat_interleave(copies)
@@ -116,6 +114,7 @@ def generate_text(
     returned: int = 1,
     record_logits: bool = False,
     reuse: Reuse | None = None,
+    reading: Reading | None = None,
 ) -> TextOutput:
     """Continue every prompt.
 
@@ -127,11 +126,12 @@ def generate_text(
         returned: beam hypotheses per row.
         record_logits: keep the raw logits of every step (greedy and sampling).
         reuse: what is computed once, everything by default.
+        reading: what `read` made of the prompt, where that has been done.
     """
     if settings.beams > 1:
-        return TextOutput(_beam_search(model, prompt, settings, returned, reuse), [])
+        return TextOutput(_beam_search(model, prompt, settings, returned, reuse, reading), [])
     tokens, batch = model.config.tokens, len(prompt.ids)
-    decoder = Decoder(model, prompt, reuse=reuse)
+    decoder = Decoder(model, prompt, reuse=reuse, reading=reading)
     output = torch.full((batch, 1), tokens.bos, dtype=torch.long, device=prompt.ids.device)
     done = torch.zeros(batch, dtype=torch.bool, device=prompt.ids.device)
     recorded, logits = [], decoder.logits
@@ -204,13 +204,18 @@ class _Hypotheses:
 
 
 def _beam_search(
-    model: MMInterleaved, prompt: Prompt, settings: Settings, returned: int, reuse: Reuse | None
+    model: MMInterleaved,
+    prompt: Prompt,
+    settings: Settings,
+    returned: int,
+    reuse: Reuse | None,
+    reading: Reading | None,
 ) -> list[list[int]]:
     """Beam search with two stop ids: 3 × beams candidates a step, score = Σ log-probability / length^penalty."""
     tokens, beams, batch = model.config.tokens, settings.beams, len(prompt.ids)
     stops = (tokens.eos, tokens.boi)
     device = prompt.ids.device
-    decoder = Decoder(model, prompt, copies=beams, reuse=reuse)
+    decoder = Decoder(model, prompt, copies=beams, reuse=reuse, reading=reading)
     output = torch.full((batch * beams, 1), tokens.bos, dtype=torch.long, device=device)
     running = torch.full((batch, beams), -1e9, device=device)
     running[:, 0] = 0.0  # all beams start alike: only the first may branch

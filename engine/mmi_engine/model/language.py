@@ -128,6 +128,13 @@ class LanguageModel(nn.Module):
         values = [cross.project_values(flat) for cross in self.mmfs_layers]
         return VisualContext(values, [(m.shape[3], m.shape[4]) for m in maps], visible)
 
+    def picture_values(self, features: list[Tensor]) -> list[Tensor]:
+        """One picture's maps ``[1, 1, C, h_l, w_l]`` as every MMFS layer projects them: ``[S, H, D]`` each."""
+        if not self.mmfs_layers:
+            return []
+        flat = torch.cat([m.flatten(3).transpose(2, 3) for m in features[self.config.finest_map :]], dim=2)
+        return [cross.project_values(flat)[0] for cross in self.mmfs_layers]
+
     def new_cache(self) -> DynamicCache:
         """An empty KV cache."""
         return DynamicCache(config=self.body.config)
