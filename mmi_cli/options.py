@@ -175,6 +175,13 @@ text_options = stack(
     click.option(
         "--repetition-penalty", metavar="X", type=click.FloatRange(0, min_open=True), help="Above 1: repeat less."
     ),
+    click.option(
+        "--batching",
+        type=click.Choice(["fixed", "continuous"]),
+        default="fixed",
+        show_default=True,
+        help="continuous: a finished text's place is taken by the next; same tokens, not always the same bytes.",
+    ),
 )
 
 selection_options = stack(

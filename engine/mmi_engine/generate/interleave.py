@@ -11,9 +11,7 @@ reductions work row by row. Source: docs/model.md.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -22,10 +20,11 @@ from torch import Tensor
 
 from mmi_engine.data.images import prepare
 from mmi_engine.errors import TextTooLongError
+from mmi_engine.generate.continuous import write_texts
+from mmi_engine.generate.document import Document
 from mmi_engine.generate.image import Denoising, ImageRequest, denoise, to_images
 from mmi_engine.generate.reading import (
     Prompt,
-    Read,
     Reading,
     Values,
     check_room,
@@ -46,41 +45,8 @@ from mmi_engine.pieces import Piece
 from mmi_engine.probe import together
 from mmi_engine.sequence import context_columns, pad_rows, tokenize
 
-
-@dataclass
-class Document:
-    """A document in the making."""
-
-    pieces: list[Piece]
-    seed: int
-    free: int
-    given: int = 0  # pieces of the document as it came; what follows is free
-    encoded: list[Encoded] = field(default_factory=list)
-    read: Read | None = None
-    ended: bool = False
-    made: int = 0
-
-    def next_missing(self) -> int | None:
-        """Index of the next piece to make, ``None`` when all have values."""
-        return next((i for i, piece in enumerate(self.pieces) if piece.value is None), None)
-
-    @property
-    def unfinished(self) -> bool:
-        """Whether anything is still to be made."""
-        return self.next_missing() is not None or (self.free > 0 and not self.ended)
-
-    def give(self, index: int, value: Any, scores: tuple[float, ...] = ()) -> None:
-        """Piece ``index`` has been made."""
-        self.made += 1
-        self.pieces[index] = replace(self.pieces[index], value=value, scores=scores)
-
-    def goes_on(self, index: int) -> bool:
-        """Whether something is to be made after piece ``index``."""
-        return self.free > 0 or any(piece.value is None for piece in self.pieces[index + 1 :])
-
-    def generator(self, index: int) -> torch.Generator:
-        """Random numbers of piece ``index``."""
-        return torch.Generator().manual_seed((self.seed * 1_000_003 + index) % 2**63)
+Shape = tuple[str, int, int, int]
+"""What must agree within a batch: kind, padded length of what was read before and is new, number of images."""
 
 
 def fill(
@@ -91,6 +57,7 @@ def fill(
     batch_size: int,
     free: Sequence[int] | None = None,
     pictures: PictureStore | None = None,
+    continuous: bool = False,
 ) -> list[list[Piece]]:
     """Values for all missing pieces.
 
@@ -103,6 +70,7 @@ def fill(
         free: per document, how many pictures may be added after its last piece, the model deciding where text ends and
             a picture begins.
         pictures: encoded pictures to use and to add to, of this model; default a store that ends with the call.
+        continuous: write texts by `continuous.py`.
 
     Returns:
         The documents with values (and, with ``free``, further pieces); pictures as RGB at the decoder's size.
@@ -115,7 +83,7 @@ def fill(
     documents = [
         Document(list(item), seed, extra, len(item)) for item, seed, extra in zip(items, seeds, free, strict=True)
     ]
-    maker = Maker(model, settings, batch_size, pictures=pictures)
+    maker = Maker(model, settings, batch_size, pictures=pictures, continuous=continuous)
     with torch.no_grad():
         while maker.round(documents):
             pass
@@ -133,8 +101,9 @@ class Maker:
         *,
         pictures: PictureStore | None = None,
         reuse: Reuse | None = None,
+        continuous: bool = False,
     ) -> None:
-        self.model, self.settings = model, settings
+        self.model, self.settings, self.continuous = model, settings, continuous
         self.reuse = reuse or Reuse()
         self.pictures = PictureStore() if pictures is None else pictures
         self.batch_size = invariant_rows(batch_size, model.device)
@@ -145,7 +114,7 @@ class Maker:
 
     def round(self, documents: list[Document]) -> bool:
         """Make one piece of every unfinished document; False when there was none."""
-        waiting: dict[Hashable, list[tuple[Document, int]]] = {}
+        waiting: dict[Shape, list[tuple[Document, int]]] = {}
         unfinished = [document for document in documents if document.unfinished]
         if not self.reuse.pictures:
             for document in unfinished:
@@ -164,7 +133,12 @@ class Maker:
                     raise
                 continue
             waiting.setdefault(shape, []).append((document, index))
-        for (kind, *_), group in waiting.items():  # type: ignore[misc]
+        if self.continuous:
+            texts = {shape: waiting.pop(shape) for shape in list(waiting) if shape[0] == "text"}
+            self._write_together([(*place, shape) for shape, group in texts.items() for place in group])
+            if texts and not waiting:
+                return True
+        for (kind, *_), group in waiting.items():
             for start in range(0, len(group), self.batch_size):
                 self.make(kind, group[start : start + self.batch_size])
         return bool(waiting)
@@ -205,8 +179,8 @@ class Maker:
         """How many of ``ids`` the language model has read before."""
         return document.read.shared(ids, document.encoded, self.tokens) if document.read is not None else 0
 
-    def _shape(self, document: Document, index: int) -> tuple[str, int, int, int]:
-        """What must agree within a batch: kind, padded length of what was read before and is new, number of images."""
+    def _shape(self, document: Document, index: int) -> Shape:
+        """See `Shape`."""
         piece, ids = document.pieces[index], self._ids(document, index)
         length, known = len(ids), self._known(document, ids)
         kind = "options" if piece.options else str(piece.kind)
@@ -313,11 +287,28 @@ class Maker:
             self.model, prompt, self.settings, generators=generators, reuse=self.reuse, reading=reading
         )
         for (document, index), ids in zip(part, made.ids, strict=False):
-            ended = ids[-1] if ids[-1] in (self.tokens.eos, self.tokens.boi) else None
-            text = self.model.tokenizer.decode([i for i in ids[1:] if i not in (ended, self.tokens.image)])
-            document.give(index, text)
-            if document.free and index == len(document.pieces) - 1:
-                self._go_on(document, text, ended)
+            self._give_text(document, index, ids)
+
+    def _write_together(self, places: list[tuple[Document, int, Shape]]) -> None:
+        """Generate one text of every document, of whatever shapes, by continuous batching."""
+        made = write_texts(
+            self.model,
+            [shape for _, _, shape in places],
+            lambda some: self.prompt([places[number][:2] for number in some], left=True),
+            self.settings,
+            self.batch_size,
+            [document.generator(index) for document, index, _ in places],
+        )
+        for (document, index, _), ids in zip(places, made, strict=True):
+            self._give_text(document, index, ids)
+
+    def _give_text(self, document: Document, index: int, ids: list[int]) -> None:
+        """Piece ``index`` has been written: ``ids`` with ``<s>`` and, where there is one, the stop id."""
+        ended = ids[-1] if ids[-1] in (self.tokens.eos, self.tokens.boi) else None
+        text = self.model.tokenizer.decode([i for i in ids[1:] if i not in (ended, self.tokens.image)])
+        document.give(index, text)
+        if document.free and index == len(document.pieces) - 1:
+            self._go_on(document, text, ended)
 
     def _choose(self, part: list[tuple[Document, int]]) -> None:
         """Give every document in ``part`` the most likely of its options; one document at a time fills the batch."""

@@ -74,6 +74,11 @@ class Decoder:
                 values = [v[rows] for v in values]
             self.visual = VisualContext(values, self.visual.shapes, self.visual.visible[rows])
 
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these rows alone."""
+        self.cache.batch_select_indices(rows)
+        self._select(rows)
+
     def reorder(self, rows: Tensor) -> None:
         """Continue with these rows; beams of one item share its images, so those stay where they are."""
         self.cache.reorder_cache(rows)
@@ -138,18 +143,18 @@ def generate_text(
     for index in range(settings.max_new_tokens):
         if record_logits:
             recorded.append(logits)
-        scores = _process(logits, output, settings, (tokens.eos, tokens.boi))
-        chosen = _sample(scores, settings, generators) if settings.temperature > 0 else scores.argmax(-1)
+        scores = process(logits, output, settings, (tokens.eos, tokens.boi))
+        chosen = sample(scores, settings, generators) if settings.temperature > 0 else scores.argmax(-1)
         chosen = chosen.masked_fill(done, tokens.pad)
         output = torch.cat([output, chosen[:, None]], dim=1)
         done |= (chosen == tokens.eos) | (chosen == tokens.boi)
         if bool(done.all()) or index == settings.max_new_tokens - 1:
             break
         logits = decoder.step(chosen)
-    return TextOutput([_cut(row, (tokens.eos, tokens.boi)) for row in output.tolist()], recorded)
+    return TextOutput([cut(row, (tokens.eos, tokens.boi)) for row in output.tolist()], recorded)
 
 
-def _cut(row: list[int], stops: tuple[int, ...]) -> list[int]:
+def cut(row: list[int], stops: tuple[int, ...]) -> list[int]:
     """The row up to and including its first stop id."""
     for index, token in enumerate(row):
         if index and token in stops:
@@ -157,7 +162,7 @@ def _cut(row: list[int], stops: tuple[int, ...]) -> list[int]:
     return row
 
 
-def _process(scores: Tensor, ids: Tensor, settings: Settings, stops: tuple[int, ...]) -> Tensor:
+def process(scores: Tensor, ids: Tensor, settings: Settings, stops: tuple[int, ...]) -> Tensor:
     """Repetition penalty on generated ids, then the minimum length; ``ids`` ``[B, n]`` with the opening ``<s>``."""
     if settings.repetition_penalty != 1.0:
         seen = scores.gather(1, ids)
@@ -169,7 +174,7 @@ def _process(scores: Tensor, ids: Tensor, settings: Settings, stops: tuple[int, 
     return scores
 
 
-def _sample(scores: Tensor, settings: Settings, generators: list[torch.Generator] | None) -> Tensor:
+def sample(scores: Tensor, settings: Settings, generators: list[torch.Generator] | None) -> Tensor:
     """Nucleus sampling; each row draws from its own generator, so neighbours do not matter."""
     probabilities = torch.softmax(scores / settings.temperature, dim=-1)
     ordered, index = probabilities.sort(dim=-1, descending=True, stable=True)
@@ -222,7 +227,7 @@ def _beam_search(
     kept = [_Hypotheses(beams, settings.length_penalty, []) for _ in range(batch)]
     logits = decoder.logits
     for index in range(settings.max_new_tokens):
-        scores = _process(torch.log_softmax(logits, dim=-1), output, settings, stops)
+        scores = process(torch.log_softmax(logits, dim=-1), output, settings, stops)
         vocabulary = scores.shape[1]
         totals = (scores + running.flatten()[:, None]).view(batch, beams * vocabulary)
         best, flat = totals.topk(beams * (1 + len(stops)), dim=1)
