@@ -66,6 +66,7 @@ def write_texts(
             decoder = joining if decoder is None or not running else _together(decoder, joining)
             running += [_Row(index, [model.config.tokens.bos]) for index in alike]
         assert decoder is not None
+        decoder.check()
         chosen = _choose(decoder.logits, running, settings, stops, generators)
         for row, token in zip(running, chosen, strict=True):
             row.ids.append(token)

@@ -21,6 +21,10 @@ from mmi_engine.generate.settings import Settings
 from mmi_engine.model.interleaved import MMInterleaved
 from mmi_engine.model.language import VisualContext
 
+NOT_FINITE = "the logits are not finite"
+ASK_EVERY = 8
+"""Steps after which a device is asked whether all rows have ended: each time it must finish what it was given."""
+
 
 @dataclass
 class TextOutput:
@@ -51,7 +55,8 @@ class Decoder:
         reading = reading or read(model, prompt)
         self.model, self.mask = model, reading.mask
         self.cache, visual = reading.cache, reading.visual
-        self.logits = _finite(model.text_head(reading.hidden[:, -1]).float())
+        self._sound: Tensor | None = None
+        self.logits = self._checked(model.text_head(reading.hidden[:, -1]).float())
         self.position = reading.positions[:, -1:]
         self.visual = None
         if visual is not None:
@@ -94,8 +99,21 @@ class Decoder:
             position_ids=self.position,
             cache=self.cache,
         )
-        self.logits = _finite(self.model.text_head(hidden[:, -1]).float())
+        self.logits = self._checked(self.model.text_head(hidden[:, -1]).float())
         return self.logits
+
+    def _checked(self, logits: Tensor) -> Tensor:
+        """The logits; on a CPU `check` is made at once, on a device noted for later, which waits for nothing."""
+        if logits.device.type == "cpu":
+            return _finite(logits)
+        sound = torch.isfinite(logits).all()
+        self._sound = sound if self._sound is None else self._sound & sound
+        return logits
+
+    def check(self) -> None:
+        """Raises FloatingPointError where logits so far were NaN or infinite."""
+        if self._sound is not None and not bool(self._sound):
+            raise FloatingPointError(NOT_FINITE)
 
 
 def _finite(logits: Tensor) -> Tensor:
@@ -105,7 +123,7 @@ def _finite(logits: Tensor) -> Tensor:
         FloatingPointError: one of them is NaN or infinite.
     """
     if not bool(torch.isfinite(logits).all()):
-        raise FloatingPointError("the logits are not finite")
+        raise FloatingPointError(NOT_FINITE)
     return logits
 
 
@@ -140,17 +158,21 @@ def generate_text(
     output = torch.full((batch, 1), tokens.bos, dtype=torch.long, device=prompt.ids.device)
     done = torch.zeros(batch, dtype=torch.bool, device=prompt.ids.device)
     recorded, logits = [], decoder.logits
+    every = 1 if output.device.type == "cpu" or record_logits else ASK_EVERY
     for index in range(settings.max_new_tokens):
         if record_logits:
             recorded.append(logits)
+        if settings.temperature > 0:
+            decoder.check()
         scores = process(logits, output, settings, (tokens.eos, tokens.boi))
         chosen = sample(scores, settings, generators) if settings.temperature > 0 else scores.argmax(-1)
         chosen = chosen.masked_fill(done, tokens.pad)
         output = torch.cat([output, chosen[:, None]], dim=1)
         done |= (chosen == tokens.eos) | (chosen == tokens.boi)
-        if bool(done.all()) or index == settings.max_new_tokens - 1:
+        if index == settings.max_new_tokens - 1 or ((index + 1) % every == 0 and bool(done.all())):
             break
         logits = decoder.step(chosen)
+    decoder.check()
     return TextOutput([cut(row, (tokens.eos, tokens.boi)) for row in output.tolist()], recorded)
 
 
@@ -227,6 +249,7 @@ def _beam_search(
     kept = [_Hypotheses(beams, settings.length_penalty, []) for _ in range(batch)]
     logits = decoder.logits
     for index in range(settings.max_new_tokens):
+        decoder.check()
         scores = process(torch.log_softmax(logits, dim=-1), output, settings, stops)
         vocabulary = scores.shape[1]
         totals = (scores + running.flatten()[:, None]).view(batch, beams * vocabulary)
