@@ -40,6 +40,7 @@ class Choices:
         threads, batch_size: numbers or None.
         llm_bits: 8, 4 or None for the language model as it is; device_map: ``auto`` or None, see `load_model`.
         fast: the model's quick steps and guidance.
+        compile: the U-Net, see `generate/compiled.py`.
         batching: ``fixed`` or ``continuous``, see `generate/continuous.py`.
         decoding: key of `tasks.prompts.DECODING`: the task's own settings, below `settings`.
         settings: field of `generate.settings.Settings` → value, only those that were named.
@@ -55,6 +56,7 @@ class Choices:
     llm_bits: int | None = None
     device_map: str | None = None
     fast: bool = False
+    compile: bool = False
     batching: str = "fixed"
     decoding: str | None = None
     local_rank: int = 0
@@ -122,6 +124,7 @@ class ModelEngine:
             "threads": threads,
             "batch_size": self.batch_size,
             **({"llm_bits": self.choices.llm_bits} if self.choices.llm_bits else {}),
+            **({"compile": True} if self.choices.compile else {}),
             **({"batching": "continuous"} if self._continuous else {}),
             **generation,
         }
@@ -300,6 +303,12 @@ class ModelEngine:
         if self._model.placement is not None:
             self.notice(f"language model: {self._model.placement}")
         self._model.set_backend(resolved["kernel"])
+        if self.choices.compile:
+            from mmi_engine.generate.compiled import compile_unet
+
+            self.notice("compiling the U-Net, which may take minutes")
+            rows = together(self.batch_size, self._unit)
+            compile_unet(self._model, rows, guided=self._settings.guidance != 1.0)
 
     def _batches(self) -> str:
         """The batch size, and how many rows of it are computed at a time where these are fewer."""

@@ -96,7 +96,7 @@ def denoise(
         tokens = torch.cat([decoder.unconditional.to(dtype).expand_as(tokens), tokens])
     # diffusers takes a list of generators, one per row, wherever a step draws noise.
     noise = {"generator": request.generators} if plan.scheduler == "ddpm" else {}
-    with text_once(decoder.unet, tokens) if once else nullcontext():
+    with text_once(decoder.unet, tokens) if once and not decoder.unet.compiled else nullcontext():
         for index, step in enumerate(scheduler.timesteps):
             inputs = latents if once or not guided else torch.cat([latents, latents])
             predicted = decoder.unet(scheduler.scale_model_input(inputs, step), step, tokens, vision)

@@ -134,6 +134,7 @@ class MMFSUNet(nn.Module):
     def __init__(self, unet: UNet2DConditionModel, config: MMFSConfig | None, d_value: int) -> None:
         super().__init__()
         self.unet = unet
+        self.compiled = False  # its blocks by `generate/compiled.py`
         blocks = []
         if config is not None:
             skips = skip_shapes(unet)
