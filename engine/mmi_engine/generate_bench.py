@@ -10,8 +10,8 @@ the same code as the commands, with the same weights in the same process:
 The keys of a text's own tokens are kept in all three.
 
 A figure has sweep, x (what varies) and value, form, seconds (median), unit ("tokens", "images" or "items") and
-per_second, and stages: the share of the time of each stage. A text has two: sweep "text" is the whole, sweep "token"
-the time after its prompt was read.
+per_second, and stages: the share of the time of each stage. Texts have two: sweeps "text" and "texts" are the whole,
+"token" and "tokens of eight" the time after the prompts were read.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ STAGES = {
     "_decode": "decode",
 }
 """Methods of `Maker` and what their time is called; what is left over is called "rest"."""
+TOKENS_OF = {"text": "token", "texts": "tokens of eight"}  # sweeps whose tokens have figures of their own
 SENTENCE = "Pip runs to the lake near a red ball."
 LEVELS_APART = 2  # pictures of two forms may differ by this many of 255 levels: sums are taken in another order
 
@@ -95,6 +96,7 @@ def cases(quick: bool) -> list[Case]:
     """The shipped cases; ``quick``: fewer tokens and steps."""
     tokens, steps = (6, 2) if quick else (32, 10)
     found = [Case("text", "images", "text", images=n, tokens=tokens) for n in (1, 4, 8)]
+    found += [Case("texts", "images", "text", images=n, tokens=tokens, batch=8, items=8) for n in (1, 4, 8)]
     found += [Case("text", "words", "text", words=n, tokens=tokens) for n in (64, 512)]
     found += [Case("picture", "images", "image", images=n, steps=steps) for n in (1, 4, 8)]
     found += [Case("picture", "steps", "image", steps=n * steps) for n in (1, 4)]
@@ -194,7 +196,7 @@ def run(
                 with literal(model) if form == "literal" else nullcontext():
                     runs[form].append(_once(model, case, reuse, ticks))
         figures += [_figure(case, form, results) for form, results in runs.items()]
-        if case.sweep == "text":
+        if case.sweep in TOKENS_OF:
             figures += [_token_figure(case, form, results) for form, results in runs.items()]
         for form in list(FORMS)[1:]:
             difference = apart(runs["kept"][0][2], runs[form][0][2])
@@ -279,7 +281,13 @@ def _figure(case: Case, form: str, results: Sequence[tuple[float, dict[str, floa
 def _token_figure(case: Case, form: str, results: Sequence[tuple[float, dict[str, float], list[Piece]]]) -> Figure:
     """Of the tokens after the first, which reading the prompt gives."""
     seconds = statistics.median(stages["text"] for _, stages, _ in results)
-    where = {"sweep": "token", "x": case.x, "value": getattr(case, case.x), "form": form, "repeats": len(results)}
+    where = {
+        "sweep": TOKENS_OF[case.sweep],
+        "x": case.x,
+        "value": getattr(case, case.x),
+        "form": form,
+        "repeats": len(results),
+    }
     rate = {"seconds": seconds, "unit": "tokens", "per_second": case.items * (case.tokens - 1) / seconds}
     return where | rate | {"stages": {"text": 1.0}}
 
