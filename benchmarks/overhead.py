@@ -36,7 +36,7 @@ class InstantEngine:
 
     undecided = False
     image_size = input_side = 32
-    batch_size = 16
+    batch_size = at_once = 16
 
     def identity(self, rows: int, recorded: dict[str, Any], sample: Any = None) -> dict[str, Any]:
         """Nothing to choose."""

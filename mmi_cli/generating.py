@@ -115,6 +115,8 @@ def make_engine(options: dict[str, Any], decoding: str) -> Any:
         threads=options["threads"],
         batch_size=options["batch_size"],
         fast=options.get("fast", False),
+        compile=options.get("compile", False),
+        batching=options.get("batching", "fixed"),
         llm_bits=int(options["llm_bits"]) if options.get("llm_bits") else None,
         device_map=options.get("device_map"),
         local_rank=int(os.environ.get("LOCAL_RANK", "0")),

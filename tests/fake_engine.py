@@ -48,6 +48,10 @@ class FakeEngine:
     def shape(self, job):
         return tuple((piece.kind, piece.value is None) for piece in job.pieces)
 
+    @property
+    def at_once(self) -> int:
+        return self.batch_size
+
     def fill(self, jobs: Sequence, seeds: Sequence[int], batch_size: int):
         self.batches.append((len(jobs), batch_size))
         for job in jobs:

@@ -1,4 +1,4 @@
-"""`mmi bench generate`: its cases, its comparison of both forms, its table, plot, JSON and exit code."""
+"""`mmi bench generate`: its cases, its comparison of all forms, its table, plot, JSON and exit code."""
 
 from __future__ import annotations
 
@@ -28,23 +28,23 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("small")
-def test_both_forms_of_every_case_are_measured(tmp_path, capsys) -> None:
+def test_all_forms_of_every_case_are_measured(tmp_path, capsys) -> None:
     files = ["--out", str(tmp_path / "speed.json"), "--plot", str(tmp_path / "speed.png")]
     assert main(["bench", "generate", "--device", "cpu", "--quick", "--json", *files]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found == json.loads((tmp_path / "speed.json").read_text())
     assert (tmp_path / "speed.png").read_bytes()[:4] == b"\x89PNG"
     assert [(f["sweep"], f["value"], f["form"], f["unit"]) for f in found["figures"]] == [
-        *(("text", 2, form, "tokens") for form in ("kept", "again")),
-        *(("batch", 2, form, "items") for form in ("kept", "again")),
-        *(("story", 2, form, "items") for form in ("kept", "again")),
+        (sweep, 2, form, unit)
+        for sweep, unit in (("text", "tokens"), ("token", "tokens"), ("batch", "items"), ("story", "items"))
+        for form in ("kept", "again", "literal")
     ]
     for figure in found["figures"]:
-        amount = {"text": 3, "batch": 2, "story": 1}[figure["sweep"]]
+        amount = {"text": 3, "token": 2, "batch": 2, "story": 1}[figure["sweep"]]
         assert figure["per_second"] * figure["seconds"] == pytest.approx(amount)
         assert sum(figure["stages"].values()) == pytest.approx(1) and min(figure["stages"].values()) >= 0
-        used = {"encode", "text"} if figure["sweep"] == "text" else {"encode", "read", "denoise", "decode"}
-        assert set(figure["stages"]) == {*used, "rest"}
+        used = {"text": {"encode", "read", "text", "rest"}, "token": {"text"}}
+        assert set(figure["stages"]) == used.get(figure["sweep"], {"encode", "read", "denoise", "decode", "rest"})
     assert found["machine"]["versions"]["mmi"] and found["peak_bytes"] > 2**20 and not found["troubles"]
 
 
@@ -53,7 +53,7 @@ def test_different_results_are_reported_and_the_exit_code_tells(monkeypatch: pyt
     monkeypatch.setattr(generate_bench, "apart", lambda kept, again: "another text: 'a' and 'b'")
     assert main(["bench", "generate", "--device", "cpu", "--quick"]) == 1
     shown = capsys.readouterr()
-    assert "story, 2 frames: another text" in shown.err and "text" in shown.out.splitlines()[2]
+    assert "story, 2 frames: literal: another text" in shown.err and "text" in shown.out.splitlines()[2]
 
 
 def test_what_counts_as_the_same() -> None:
@@ -66,14 +66,15 @@ def test_what_counts_as_the_same() -> None:
     assert apart([grey], [Piece("image", Image.fromarray(speck))])
 
 
-def test_the_ratio_is_again_over_kept() -> None:
+def test_ratios_are_times_over_kept() -> None:
     where = {"sweep": "text", "x": "images", "value": 4, "unit": "tokens", "stages": {"text": 0.9, "rest": 0.1}}
     figures = [
         {**where, "form": "kept", "seconds": 2.0, "per_second": 5.0},
         {**where, "form": "again", "seconds": 6.0, "per_second": 5 / 3},
+        {**where, "form": "literal", "seconds": 8.0, "per_second": 5 / 4},
     ]
     row = generate_bench.table(figures)[1]
-    assert row == ("text", "images", "4", "5", "1.67", "tokens", "3.00×", "text 90%, rest 10%")
+    assert row == ("text", "images", "4", "5", "1.67 (3.00×)", "1.25 (4.00×)", "tokens", "text 90%, rest 10%")
 
 
 def test_shipped_cases_are_distinct_and_of_the_promised_points() -> None:
@@ -83,4 +84,4 @@ def test_shipped_cases_are_distinct_and_of_the_promised_points() -> None:
         assert len(points) == len(found)
         for sweep in ("text", "picture"):
             assert {(sweep, "images", n) for n in (1, 4, 8)} <= points
-        assert {("batch", "batch", 1), ("batch", "batch", 8)} <= points
+        assert {(sweep, "batch", n) for sweep in ("batch", "answers") for n in (1, 8)} <= points

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mmi_engine.errors import UsageError
+from mmi_engine.errors import BackendError, UsageError
+from mmi_engine.generate.compiled import compile_unet
 from mmi_engine.generate.image import Denoising, ImageRequest, denoise, to_images
 from mmi_engine.generate.interleave import invariant_rows
 from mmi_engine.generate.settings import Settings
@@ -100,3 +101,18 @@ def test_rows_computed_together_are_a_multiple_of_the_threads(monkeypatch: pytes
     cpu = torch.device("cpu")
     assert [invariant_rows(n, cpu) for n in (1, 3, 4, 7, 8)] == [1, 1, 4, 4, 8]
     assert invariant_rows(7, torch.device("cuda")) == 7
+
+
+@torch.no_grad()
+def test_a_compiled_unet_draws_the_same() -> None:
+    """Traced, without a compiler's minutes: what is compiled is what runs."""
+    model, plan = tiny_model(seed=3), Denoising(1, 2.0, "ddim")
+    plain = denoise(model, request_of(1, [4], [1]), plan)
+    compile_unet(model, 1, backend="eager")
+    assert model.image_decoder.unet.compiled
+    assert torch.allclose(denoise(model, request_of(1, [4], [1]), plan), plain, atol=1e-5)
+
+
+def test_what_cannot_be_compiled_is_said_at_once() -> None:
+    with pytest.raises(BackendError, match="leave out --compile"):
+        compile_unet(tiny_model(), 1, backend="no such backend")

@@ -11,6 +11,7 @@ from tiny import tiny_model
 from mmi_engine.data.images import prepare
 from mmi_engine.generate import interleave
 from mmi_engine.generate.interleave import Document, Maker
+from mmi_engine.generate.reading import Read
 from mmi_engine.generate.reuse import LITERAL, Encoded, PictureStore, Reuse
 from mmi_engine.generate.settings import Settings
 from mmi_engine.pieces import Piece
@@ -74,7 +75,7 @@ TEXTS = {
 
 
 @pytest.mark.parametrize("kind", TEXTS)
-@pytest.mark.parametrize("reuse", [LITERAL, Reuse(pictures=False), Reuse(values=False)], ids=str)
+@pytest.mark.parametrize("reuse", [LITERAL, Reuse(pictures=False), Reuse(values=False), Reuse(prefix=False)], ids=str)
 def test_the_same_tokens_and_pixels_with_and_without(model, kind, reuse):
     for kept, again in zip(made(model, Reuse(), TEXTS[kind]), made(model, reuse, TEXTS[kind]), strict=True):
         assert [piece.value for piece in kept if piece.kind == "text"] == [p.value for p in again if p.kind == "text"]
@@ -148,3 +149,65 @@ def test_the_store_is_bounded_and_drops_what_was_not_used_longest():
     assert store.bytes == 300 and store.get(b"b") is None and store.get(b"a") is not None
     store.put(b"large", Encoded(torch.zeros(100), []))
     assert store.bytes == 300 and store.get(b"large") is None and len(store) == 3
+
+
+def long_story(seed: int) -> list[Piece]:
+    text = "Pip runs to the lake near a red ball. " * (3 + seed)
+    return [
+        Piece("text", text),
+        Piece("image", picture(seed)),
+        Piece("image"),
+        Piece("text", "Boo waves."),
+        Piece("text"),
+        Piece("image"),
+        Piece("text"),
+    ]
+
+
+def told(model, reuse: Reuse, batch: int) -> tuple[list[list[Piece]], int]:
+    """Two stories, and how many columns the language model read for prompts."""
+    documents = [Document(long_story(seed), seed, 0) for seed in (1, 2)]
+    maker = Maker(model, Settings(steps=2, max_new_tokens=3, min_new_tokens=3), batch, reuse=reuse)
+    columns = 0
+
+    def count(module, given, named) -> None:
+        nonlocal columns
+        width = named["inputs_embeds"].shape[1]
+        columns += width if width > 1 else 0
+
+    hook = model.language.body.register_forward_pre_hook(count, with_kwargs=True)
+    with torch.no_grad():
+        while maker.round(documents):
+            pass
+    hook.remove()
+    return [document.pieces for document in documents], columns
+
+
+def test_what_was_read_is_not_read_again(model, one_thread):
+    (once, few), (again, many) = told(model, Reuse(), 2), told(model, Reuse(prefix=False), 2)
+    assert few < 0.7 * many
+    for one, other in zip(sum(once, []), sum(again, []), strict=True):
+        if one.kind == "text":
+            assert one.value == other.value
+        else:
+            assert np.abs(np.asarray(one.value, int) - np.asarray(other.value, int)).max() <= 1
+    alone = Document(long_story(1), 1, 0)  # its bytes are those it has beside the other story
+    maker = Maker(model, Settings(steps=2, max_new_tokens=3, min_new_tokens=3), 2)
+    with torch.no_grad():
+        while maker.round([alone]):
+            pass
+    assert [p.value for p in alone.pieces] == [p.value for p in once[0]]
+
+
+def test_what_is_read_on_from_fits_ids_and_pictures(model):
+    tokens = model.config.tokens
+    one, other = Encoded(torch.zeros(1), []), Encoded(torch.zeros(1), [])
+    ids = [tokens.bos, *range(10, 50), tokens.boi, *[tokens.image] * 4, 60, 61]
+    kept = Read(ids, [one], [], torch.zeros(0))
+    assert kept.shared([*ids, 62], [one], tokens) == len(ids)
+    assert kept.shared(ids, [one], tokens) == len(ids) - 1  # one token is left to be read
+    assert kept.shared([*ids, 62], [other], tokens) == 0
+    assert kept.shared([*ids[:-1], 5, 5], [one], tokens) == len(ids) - 1
+    assert kept.shared(ids[:45], [one], tokens) == 41  # the picture's block stays whole
+    assert kept.shared([*ids[:20], 5, *ids[21:]], [one], tokens) == 0  # too little to be worth it
+    assert Read(ids[:42], [], [], torch.zeros(0)).shared(ids, [one], tokens) == 41

@@ -26,7 +26,7 @@ class Engine(Protocol):
 
     Attributes:
         image_size: side in pixels of the pictures it makes; input_side: no part of it sees more pixels of a given one.
-        batch_size: items of one shape worked on together.
+        batch_size: items of one shape worked on together; at_once: how many `fill` is given at a time, at least these.
         undecided: after `identity`, whether a sample would settle what ``auto`` should be.
     """
 
@@ -34,6 +34,9 @@ class Engine(Protocol):
     image_size: int
     input_side: int
     batch_size: int
+
+    @property
+    def at_once(self) -> int: ...
 
     def identity(
         self, rows: int, recorded: dict[str, Any], sample: Callable[[], Job | None] | None = None

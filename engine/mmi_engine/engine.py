@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mmi_engine import versions
-from mmi_engine.batches import as_item_error
+from mmi_engine.batches import WINDOW, as_item_error
 from mmi_engine.data.manifest import item_seed
 from mmi_engine.errors import BackendError, DeviceError, UsageError, is_out_of_memory
 from mmi_engine.pieces import Piece
@@ -40,6 +40,8 @@ class Choices:
         threads, batch_size: numbers or None.
         llm_bits: 8, 4 or None for the language model as it is; device_map: ``auto`` or None, see `load_model`.
         fast: the model's quick steps and guidance.
+        compile: the U-Net, see `generate/compiled.py`.
+        batching: ``fixed`` or ``continuous``, see `generate/continuous.py`.
         decoding: key of `tasks.prompts.DECODING`: the task's own settings, below `settings`.
         settings: field of `generate.settings.Settings` → value, only those that were named.
         origins: option → where its value comes from.
@@ -54,6 +56,8 @@ class Choices:
     llm_bits: int | None = None
     device_map: str | None = None
     fast: bool = False
+    compile: bool = False
+    batching: str = "fixed"
     decoding: str | None = None
     local_rank: int = 0
     settings: dict[str, Any] = field(default_factory=dict)
@@ -120,11 +124,24 @@ class ModelEngine:
             "threads": threads,
             "batch_size": self.batch_size,
             **({"llm_bits": self.choices.llm_bits} if self.choices.llm_bits else {}),
+            **({"compile": True} if self.choices.compile else {}),
+            **({"batching": "continuous"} if self._continuous else {}),
             **generation,
         }
+        if self._continuous and self._settings.beams > 1:
+            raise UsageError("--batching continuous writes without beams", remedy="add --beams 1")
         if known is None and self.batch_size > 1 and sample is not None:
             self._probe(sample())
         return {"model": fingerprint(self._directory), "settings": dict(self.resolved)}
+
+    @property
+    def _continuous(self) -> bool:
+        return self.choices.batching == "continuous"
+
+    @property
+    def at_once(self) -> int:
+        """Items `fill` would like to have: with continuous batching enough to take the places of finished ones."""
+        return self.batch_size * (WINDOW if self._continuous else 1)
 
     def _probe(self, job: Job | None) -> None:
         """Settle ``--batch-size auto`` by running the first item; see `probe.py`."""
@@ -286,6 +303,12 @@ class ModelEngine:
         if self._model.placement is not None:
             self.notice(f"language model: {self._model.placement}")
         self._model.set_backend(resolved["kernel"])
+        if self.choices.compile:
+            from mmi_engine.generate.compiled import compile_unet
+
+            self.notice("compiling the U-Net, which may take minutes")
+            rows = together(self.batch_size, self._unit)
+            compile_unet(self._model, rows, guided=self._settings.guidance != 1.0)
 
     def _batches(self) -> str:
         """The batch size, and how many rows of it are computed at a time where these are fewer."""
@@ -302,7 +325,7 @@ class ModelEngine:
             TextTooLongError: it is clear already that the item does not fit.
         """
         from mmi_engine import sequence
-        from mmi_engine.generate.interleave import check_room, padded
+        from mmi_engine.generate.reading import check_room, padded
 
         config = self._model.config
         known = [piece if piece.value is not None else replace(piece, value="") for piece in job.pieces]
@@ -315,7 +338,7 @@ class ModelEngine:
                 length = len(before.ids) + (piece.kind == "image")
                 check_room(config, index, length + (self._settings.max_new_tokens if kind == "text" else 0), images)
                 shape.append((kind, padded(length), images))
-        return tuple(shape)
+        return "any" if self._continuous else tuple(shape)
 
     def fill(self, jobs: Sequence[Job], seeds: Sequence[int], batch_size: int) -> list[list[Piece]]:
         """See `Engine.fill`: every candidate is a document of its own, from a seed of its own."""
@@ -334,7 +357,14 @@ class ModelEngine:
                 if self._pictures is None:
                     self._pictures = interleave.PictureStore()
                 filled = interleave.fill(
-                    self._model, items, item_seeds, self._settings, batch_size, free, self._pictures
+                    self._model,
+                    items,
+                    item_seeds,
+                    self._settings,
+                    batch_size,
+                    free,
+                    self._pictures,
+                    self._continuous,
                 )
                 return self._gather(jobs, filled, batch_size)
         except torch.OutOfMemoryError:

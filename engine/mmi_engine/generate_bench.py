@@ -1,12 +1,17 @@
-"""Benchmark of generation: every case with everything kept and with nothing kept, outputs compared, stages timed.
+"""Benchmark of generation: every case in three forms, outputs compared, stages timed.
 
 Place in the flow: `mmi bench generate` comes here. A case is a few documents that `generate.interleave` completes, by
-the same code as the commands. It is run twice with the same weights in the same process: "kept" (pictures encoded and
-MMFS values projected once) and "again" (`generate.reuse.LITERAL`: computed again where the released engine does so).
-The keys of self-attention are kept in both, so the ratio again / kept counts MMFS and the encoder alone.
+the same code as the commands, with the same weights in the same process:
 
-A figure has sweep, x (what varies) and value, form ("kept" or "again"), seconds (median), unit ("tokens", "images" or
-"items") and per_second, and stages: the share of the time of each stage.
+    kept     as the commands do it
+    again    computed again where the released engine does so (`generate.reuse.LITERAL`), same algebra and kernels
+    literal  again, and MMFS as the released engine writes it, sampling by `grid_sample` (`generate.literal`)
+
+The keys of a text's own tokens are kept in all three.
+
+A figure has sweep, x (what varies) and value, form, seconds (median), unit ("tokens", "images" or "items") and
+per_second, and stages: the share of the time of each stage. Texts have two: sweeps "text" and "texts" are the whole,
+"token" and "tokens of eight" the time after the prompts were read.
 """
 
 from __future__ import annotations
@@ -16,6 +21,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,17 +32,26 @@ from PIL import Image
 
 from mmi_engine.errors import OutputError
 from mmi_engine.generate.interleave import Document, Maker
+from mmi_engine.generate.literal import literal
 from mmi_engine.generate.reuse import LITERAL, Reuse
 from mmi_engine.generate.settings import Settings
 from mmi_engine.model.interleaved import MMInterleaved
 from mmi_engine.pieces import Piece
 
 Figure = dict[str, Any]
-FORMS = {"kept": Reuse(), "again": LITERAL}
-STAGES = {"encode": "encode", "_write": "text", "_request": "read", "_denoise": "denoise", "_decode": "decode"}
+FORMS = {"kept": Reuse(), "again": LITERAL, "literal": LITERAL}
+STAGES = {
+    "encode": "encode",
+    "_read": "read",
+    "_request": "read",
+    "_write": "text",
+    "_denoise": "denoise",
+    "_decode": "decode",
+}
 """Methods of `Maker` and what their time is called; what is left over is called "rest"."""
+TOKENS_OF = {"text": "token", "texts": "tokens of eight"}  # sweeps whose tokens have figures of their own
 SENTENCE = "Pip runs to the lake near a red ball."
-LEVELS_APART = 2  # pictures of both forms may differ by this many of 255 levels: sums are taken in another order
+LEVELS_APART = 2  # pictures of two forms may differ by this many of 255 levels: sums are taken in another order
 
 
 @dataclass(frozen=True)
@@ -47,6 +62,7 @@ class Case:
         sweep, x: the curve this is a point of and what varies along it, an attribute's name.
         make: "text" (``tokens`` long), "image" (after ``steps`` denoising steps), or "story": ``frames`` further
             pictures, with a given text before each.
+        context: how many of the pictures before it the U-Net looks at; 0: the model's own number.
     """
 
     sweep: str
@@ -59,11 +75,16 @@ class Case:
     batch: int = 1
     items: int = 1
     frames: int = 1
+    context: int = 0
 
     @property
     def unit(self) -> str:
         """What is counted per second."""
-        return "items" if self.sweep in ("batch", "story") else {"text": "tokens"}.get(self.make, "images")
+        return (
+            "items"
+            if self.sweep in ("batch", "answers", "items", "story")
+            else {"text": "tokens"}.get(self.make, "images")
+        )
 
     @property
     def amount(self) -> int:
@@ -75,11 +96,15 @@ def cases(quick: bool) -> list[Case]:
     """The shipped cases; ``quick``: fewer tokens and steps."""
     tokens, steps = (6, 2) if quick else (32, 10)
     found = [Case("text", "images", "text", images=n, tokens=tokens) for n in (1, 4, 8)]
+    found += [Case("texts", "images", "text", images=n, tokens=tokens, batch=8, items=8) for n in (1, 4, 8)]
     found += [Case("text", "words", "text", words=n, tokens=tokens) for n in (64, 512)]
     found += [Case("picture", "images", "image", images=n, steps=steps) for n in (1, 4, 8)]
     found += [Case("picture", "steps", "image", steps=n * steps) for n in (1, 4)]
+    found += [Case("picture", "context", "image", images=4, steps=steps, context=n) for n in (1, 2, 4)]
     found += [Case("batch", "batch", "image", steps=steps, batch=n, items=8) for n in (1, 8)]
-    found.append(Case("story", "frames", "story", steps=steps, frames=4))
+    found += [Case("answers", "batch", "text", tokens=12, batch=n, items=8 if quick else 32) for n in (1, 8)]
+    found += [Case("items", "items", "text", tokens=tokens, batch=4, items=n) for n in (4, 8, 16)]
+    found += [Case("story", "frames", "story", steps=steps, frames=n) for n in (2, 4)]
     return found
 
 
@@ -110,15 +135,19 @@ class TimedMaker(Maker):
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
         self.seconds: dict[str, float] = {}
+        self._inner = [0.0]  # time of stages within the one at work
         self.clock: Callable[[], float] = time.perf_counter
         for method, stage in STAGES.items():
             setattr(self, method, self._timed(getattr(self, method), stage))
 
     def _timed(self, method: Callable[..., Any], stage: str) -> Callable[..., Any]:
-        def call(*arguments: Any) -> Any:
+        def call(*arguments: Any, **named: Any) -> Any:
             start = self.now()
-            result = method(*arguments)
-            self.seconds[stage] = self.seconds.get(stage, 0.0) + self.now() - start
+            self._inner.append(0.0)
+            result = method(*arguments, **named)
+            taken = self.now() - start
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + taken - self._inner.pop()
+            self._inner[-1] += taken
             return result
 
         return call
@@ -138,7 +167,7 @@ def run(
     clock: str = "wall",
     on_case: Callable[[str], None] = lambda name: None,
 ) -> dict[str, Any]:
-    """Run every case in both forms. Returns {"machine", "model", "clock", "peak_bytes", "figures", "troubles"}.
+    """Run every case in all forms. Returns {"machine", "model", "clock", "peak_bytes", "figures", "troubles"}.
 
     Args:
         model: with its tokenizer, in evaluation.
@@ -164,12 +193,16 @@ def run(
         runs: dict[str, list[tuple[float, dict[str, float], list[Piece]]]] = {form: [] for form in FORMS}
         for _ in range(repeats):
             for form, reuse in FORMS.items():
-                runs[form].append(_once(model, case, reuse, ticks))
+                with literal(model) if form == "literal" else nullcontext():
+                    runs[form].append(_once(model, case, reuse, ticks))
         figures += [_figure(case, form, results) for form, results in runs.items()]
-        difference = apart(runs["kept"][0][2], runs["again"][0][2])
-        if difference:
-            where = {"sweep": case.sweep, "x": case.x, "value": str(getattr(case, case.x))}
-            troubles.append({**where, "reason": difference})
+        if case.sweep in TOKENS_OF:
+            figures += [_token_figure(case, form, results) for form, results in runs.items()]
+        for form in list(FORMS)[1:]:
+            difference = apart(runs["kept"][0][2], runs[form][0][2])
+            if difference:
+                where = {"sweep": case.sweep, "x": case.x, "value": str(getattr(case, case.x))}
+                troubles.append({**where, "reason": f"{form}: {difference}"})
     return {
         "machine": machine(model.device) | {"versions": versions()},
         "model": model.config.name,
@@ -198,6 +231,9 @@ def _once(
     documents = [Document(_pieces(model, case, number), number, 0) for number in range(case.items)]
     maker = TimedMaker(model, settings, case.batch, reuse=reuse)
     maker.clock = ticks
+    if case.context:
+        decoder = replace(model.config.image_decoder, context_images=case.context)
+        maker.config = replace(model.config, image_decoder=decoder)
     start = maker.now()
     while maker.round(documents):
         pass
@@ -242,21 +278,39 @@ def _figure(case: Case, form: str, results: Sequence[tuple[float, dict[str, floa
     return where | rate | {"stages": shares | {"rest": 1 - sum(shares.values())}}
 
 
-def pairs(figures: Sequence[Figure]) -> list[tuple[Figure, Figure]]:
-    """(kept, again) of every case."""
-    again = {(f["sweep"], f["x"], f["value"]): f for f in figures if f["form"] == "again"}
-    return [(f, again[f["sweep"], f["x"], f["value"]]) for f in figures if f["form"] == "kept"]
+def _token_figure(case: Case, form: str, results: Sequence[tuple[float, dict[str, float], list[Piece]]]) -> Figure:
+    """Of the tokens after the first, which reading the prompt gives."""
+    seconds = statistics.median(stages["text"] for _, stages, _ in results)
+    where = {
+        "sweep": TOKENS_OF[case.sweep],
+        "x": case.x,
+        "value": getattr(case, case.x),
+        "form": form,
+        "repeats": len(results),
+    }
+    rate = {"seconds": seconds, "unit": "tokens", "per_second": case.items * (case.tokens - 1) / seconds}
+    return where | rate | {"stages": {"text": 1.0}}
+
+
+def alike(figures: Sequence[Figure]) -> list[dict[str, Figure]]:
+    """Form → figure of every case."""
+    found: dict[tuple[str, str, int], dict[str, Figure]] = {}
+    for figure in figures:
+        found.setdefault((figure["sweep"], figure["x"], figure["value"]), {})[figure["form"]] = figure
+    return list(found.values())
 
 
 def table(figures: Sequence[Figure]) -> list[tuple[str, ...]]:
-    """Rows of text, the first a header; "ratio" is the time of "again" over that of "kept"."""
-    rows: list[tuple[str, ...]] = [("case", "varies", "value", "kept", "again", "per second", "ratio", "stages, kept")]
-    for kept, again in pairs(figures):
+    """Rows of text, the first a header; in brackets the time of a form over that of "kept"."""
+    rows: list[tuple[str, ...]] = [("case", "varies", "value", *FORMS, "per second", "stages, kept")]
+    for forms in alike(figures):
+        kept = forms["kept"]
         shares = sorted(kept["stages"].items(), key=lambda item: -item[1])
         stages = ", ".join(f"{name} {share:.0%}" for name, share in shares[:3] if share >= 0.01)
-        rates = [f"{f['per_second']:.3g}" for f in (kept, again)]
-        ratio = f"{again['seconds'] / kept['seconds']:.2f}×"
-        rows.append((kept["sweep"], kept["x"], str(kept["value"]), *rates, kept["unit"], ratio, stages))
+        rates = [f"{kept['per_second']:.3g}"]
+        for form in list(FORMS)[1:]:
+            rates.append(f"{forms[form]['per_second']:.3g} ({forms[form]['seconds'] / kept['seconds']:.2f}×)")
+        rows.append((kept["sweep"], kept["x"], str(kept["value"]), *rates, kept["unit"], stages))
     return rows
 
 
@@ -272,20 +326,23 @@ def write(result: dict[str, Any], out: Path | None, picture: Path | None) -> Non
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    """Seconds over what varies, one panel per curve, both forms."""
+    """Seconds over what varies, one panel per curve, all forms."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    curves: dict[tuple[str, str], list[tuple[Figure, Figure]]] = {}
-    for pair in pairs(result["figures"]):
-        curves.setdefault((pair[0]["sweep"], pair[0]["x"]), []).append(pair)
-    figure, panels = pyplot.subplots(1, len(curves), figsize=(3.2 * len(curves), 3.2), squeeze=False)
-    for axes, ((sweep, x), points) in zip(panels[0], curves.items(), strict=True):
-        for side, form in enumerate(FORMS):
-            values = [pair[side]["value"] for pair in points]
-            axes.plot(values, [pair[side]["seconds"] for pair in points], "o-", label=form)
+    curves: dict[tuple[str, str], list[dict[str, Figure]]] = {}
+    for forms in alike(result["figures"]):
+        curves.setdefault((forms["kept"]["sweep"], forms["kept"]["x"]), []).append(forms)
+    columns = min(4, len(curves))
+    rows = -(-len(curves) // columns)
+    figure, panels = pyplot.subplots(rows, columns, figsize=(3.2 * columns, 3 * rows), squeeze=False)
+    for axes in panels.flat[len(curves) :]:
+        axes.set_visible(False)
+    for axes, ((sweep, x), points) in zip(panels.flat, curves.items(), strict=False):
+        for form in FORMS:
+            axes.plot([p[form]["value"] for p in points], [p[form]["seconds"] for p in points], "o-", label=form)
         axes.set_title(sweep, fontsize=10)
         axes.set_xlabel(x)
         axes.set_ylim(bottom=0)

@@ -241,7 +241,7 @@ class _Worker:
         self.writer = Writer(max(4, 2 * self.engine.batch_size), HELD_BYTES)
         jobs = self._jobs(set(todo), interrupt)
         try:
-            for batch in buckets(jobs, self.engine.batch_size, HELD_BYTES):
+            for batch in buckets(jobs, self.engine.at_once, HELD_BYTES):
                 self._do(batch)
                 if interrupt.requested or self.stopped_by is not None:
                     break

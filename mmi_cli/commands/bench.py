@@ -114,12 +114,13 @@ def generate(
     out: Path | None,
     picture: Path | None,
 ) -> int:
-    """Time generation, with everything kept and with nothing kept.
+    """Time generation as the commands do it, and as the released engine does it.
 
-    Text after 1, 4 and 8 pictures and after short and long texts, pictures after 1, 4 and 8, more steps, a batch of
-    eight, a story. Each is made twice with the same weights: pictures encoded and MMFS values projected once
-    ("kept"), and again wherever the released engine does so ("again"). The ratio is the time of the second over the
-    first's. Where they make different texts or pictures, a warning says so and the exit code is 1.
+    Text after 1, 4 and 8 pictures and after short and long texts, pictures after 1, 4 and 8, more steps, more pictures
+    seen by the U-Net, batches of eight, more items, stories. Each is made three times with the same weights: "kept", as
+    the commands do it; "again", with pictures encoded, MMFS values projected and contexts read again wherever the
+    released engine does so; "literal", that with the released engine's arithmetic of MMFS as well. In brackets the time
+    over that of "kept". Where they make different texts or pictures, a warning says so and the exit code is 1.
     """
     from mmi_engine import generate_bench, kernel_bench
 

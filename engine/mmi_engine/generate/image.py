@@ -9,6 +9,7 @@ not depend on its neighbours. Source: docs/model.md; schedulers are diffusers'.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ from mmi_engine.generate.reuse import Reuse, unet_anew
 from mmi_engine.generate.settings import Settings
 from mmi_engine.model.config import GenerationDefaults
 from mmi_engine.model.interleaved import MMInterleaved
+from mmi_engine.model.unet import text_once
 
 _SCHEDULERS: dict[str, Any] = {
     "ddpm": DDPMScheduler,
@@ -82,29 +84,30 @@ def denoise(
     latents = torch.cat([_normal((1, channels, size, size), g) for g in request.generators]).to(model.device, dtype)
     latents = latents * scheduler.init_noise_sigma
     observe("init_latents", latents)
-    guided = plan.guidance != 1.0
-    if reuse is None or reuse.values:
+    guided, once = plan.guidance != 1.0, reuse is None or reuse.values
+    if once:
         vision = decoder.unet.look(request.features, request.visible)
         vision = vision.repeat(2, batch) if guided and vision is not None else vision
+        vision = vision.side_by_side() if vision is not None and model.device.type == "cpu" else vision
     else:
         vision = unet_anew(decoder.unet, request.features, request.visible, 1 + guided)
     tokens = request.tokens
     if guided:
         tokens = torch.cat([decoder.unconditional.to(dtype).expand_as(tokens), tokens])
-    stochastic = plan.scheduler == "ddpm"
-    for index, step in enumerate(scheduler.timesteps):
-        inputs = scheduler.scale_model_input(torch.cat([latents, latents]) if guided else latents, step)
-        predicted = decoder.unet(inputs, step, tokens, vision)
-        if guided:
-            unconditional, conditional = predicted.chunk(2)
-            predicted = unconditional + plan.guidance * (conditional - unconditional)
-        if index == 0:
-            observe("first_eps_after_guidance", predicted)
-        # diffusers takes a list of generators, one per row, wherever a step draws noise.
-        noise = {"generator": request.generators} if stochastic else {}
-        latents = scheduler.step(predicted, step, latents, **noise).prev_sample
-        if index == 0:
-            observe("latents_after_step0", latents)
+    # diffusers takes a list of generators, one per row, wherever a step draws noise.
+    noise = {"generator": request.generators} if plan.scheduler == "ddpm" else {}
+    with text_once(decoder.unet, tokens) if once and not decoder.unet.compiled else nullcontext():
+        for index, step in enumerate(scheduler.timesteps):
+            inputs = latents if once or not guided else torch.cat([latents, latents])
+            predicted = decoder.unet(scheduler.scale_model_input(inputs, step), step, tokens, vision)
+            if guided:
+                unconditional, conditional = predicted.chunk(2)
+                predicted = unconditional + plan.guidance * (conditional - unconditional)
+            if index == 0:
+                observe("first_eps_after_guidance", predicted)
+            latents = scheduler.step(predicted, step, latents, **noise).prev_sample
+            if index == 0:
+                observe("latents_after_step0", latents)
     observe("final_latents", latents)
     return latents
 

@@ -11,9 +11,7 @@ reductions work row by row. Source: docs/model.md.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -22,51 +20,33 @@ from torch import Tensor
 
 from mmi_engine.data.images import prepare
 from mmi_engine.errors import TextTooLongError
+from mmi_engine.generate.continuous import write_texts
+from mmi_engine.generate.document import Document
 from mmi_engine.generate.image import Denoising, ImageRequest, denoise, to_images
+from mmi_engine.generate.reading import (
+    Prompt,
+    Reading,
+    Values,
+    check_room,
+    context_limit,
+    join,
+    padded,
+    read,
+    take,
+    worth_keeping,
+)
 from mmi_engine.generate.reuse import Encoded, PictureStore, Reuse
 from mmi_engine.generate.score import option_scores
 from mmi_engine.generate.settings import Settings
-from mmi_engine.generate.text import Prompt, generate_text
-from mmi_engine.model.config import ModelConfig
+from mmi_engine.generate.text import generate_text
 from mmi_engine.model.interleaved import MMInterleaved
 from mmi_engine.model.vision import VisualOutput
 from mmi_engine.pieces import Piece
 from mmi_engine.probe import together
 from mmi_engine.sequence import context_columns, pad_rows, tokenize
 
-LENGTH_STEP = 32
-"""Sequence lengths are rounded up to a multiple of this, always with padding left, so that all rows take one path."""
-
-
-@dataclass
-class Document:
-    """A document in the making."""
-
-    pieces: list[Piece]
-    seed: int
-    free: int
-    given: int = 0  # pieces of the document as it came; what follows is free
-    encoded: list[Encoded] = field(default_factory=list)
-    ended: bool = False
-    made: int = 0
-
-    def next_missing(self) -> int | None:
-        """Index of the next piece to make, ``None`` when all have values."""
-        return next((i for i, piece in enumerate(self.pieces) if piece.value is None), None)
-
-    @property
-    def unfinished(self) -> bool:
-        """Whether anything is still to be made."""
-        return self.next_missing() is not None or (self.free > 0 and not self.ended)
-
-    def give(self, index: int, value: Any, scores: tuple[float, ...] = ()) -> None:
-        """Piece ``index`` has been made."""
-        self.made += 1
-        self.pieces[index] = replace(self.pieces[index], value=value, scores=scores)
-
-    def generator(self, index: int) -> torch.Generator:
-        """Random numbers of piece ``index``."""
-        return torch.Generator().manual_seed((self.seed * 1_000_003 + index) % 2**63)
+Shape = tuple[str, int, int, int]
+"""What must agree within a batch: kind, padded length of what was read before and is new, number of images."""
 
 
 def fill(
@@ -77,6 +57,7 @@ def fill(
     batch_size: int,
     free: Sequence[int] | None = None,
     pictures: PictureStore | None = None,
+    continuous: bool = False,
 ) -> list[list[Piece]]:
     """Values for all missing pieces.
 
@@ -89,6 +70,7 @@ def fill(
         free: per document, how many pictures may be added after its last piece, the model deciding where text ends and
             a picture begins.
         pictures: encoded pictures to use and to add to, of this model; default a store that ends with the call.
+        continuous: write texts by `continuous.py`.
 
     Returns:
         The documents with values (and, with ``free``, further pieces); pictures as RGB at the decoder's size.
@@ -101,7 +83,7 @@ def fill(
     documents = [
         Document(list(item), seed, extra, len(item)) for item, seed, extra in zip(items, seeds, free, strict=True)
     ]
-    maker = Maker(model, settings, batch_size, pictures=pictures)
+    maker = Maker(model, settings, batch_size, pictures=pictures, continuous=continuous)
     with torch.no_grad():
         while maker.round(documents):
             pass
@@ -119,8 +101,9 @@ class Maker:
         *,
         pictures: PictureStore | None = None,
         reuse: Reuse | None = None,
+        continuous: bool = False,
     ) -> None:
-        self.model, self.settings = model, settings
+        self.model, self.settings, self.continuous = model, settings, continuous
         self.reuse = reuse or Reuse()
         self.pictures = PictureStore() if pictures is None else pictures
         self.batch_size = invariant_rows(batch_size, model.device)
@@ -131,7 +114,7 @@ class Maker:
 
     def round(self, documents: list[Document]) -> bool:
         """Make one piece of every unfinished document; False when there was none."""
-        waiting: dict[Hashable, list[tuple[Document, int]]] = {}
+        waiting: dict[Shape, list[tuple[Document, int]]] = {}
         unfinished = [document for document in documents if document.unfinished]
         if not self.reuse.pictures:
             for document in unfinished:
@@ -150,7 +133,12 @@ class Maker:
                     raise
                 continue
             waiting.setdefault(shape, []).append((document, index))
-        for (kind, *_), group in waiting.items():  # type: ignore[misc]
+        if self.continuous:
+            texts = {shape: waiting.pop(shape) for shape in list(waiting) if shape[0] == "text"}
+            self._write_together([(*place, shape) for shape, group in texts.items() for place in group])
+            if texts and not waiting:
+                return True
+        for (kind, *_), group in waiting.items():
             for start in range(0, len(group), self.batch_size):
                 self.make(kind, group[start : start + self.batch_size])
         return bool(waiting)
@@ -187,13 +175,18 @@ class Maker:
             return [*ids, self.tokens.boi]
         return ids
 
-    def _shape(self, document: Document, index: int) -> tuple[str, int, int]:
-        """What must agree within a batch: kind, padded length, number of images."""
-        piece, length = document.pieces[index], len(self._ids(document, index))
+    def _known(self, document: Document, ids: list[int]) -> int:
+        """How many of ``ids`` the language model has read before."""
+        return document.read.shared(ids, document.encoded, self.tokens) if document.read is not None else 0
+
+    def _shape(self, document: Document, index: int) -> Shape:
+        """See `Shape`."""
+        piece, ids = document.pieces[index], self._ids(document, index)
+        length, known = len(ids), self._known(document, ids)
         kind = "options" if piece.options else str(piece.kind)
         new_tokens = self.settings.max_new_tokens if kind == "text" else 0
         check_room(self.config, index, length + new_tokens, len(document.encoded))
-        return kind, padded(length), len(document.encoded)
+        return kind, padded(known) if known else 0, padded(length - known), len(document.encoded)
 
     def encode(self, wanted: list[tuple[Document, int]]) -> None:
         """Encode the images before the next missing piece that are not encoded yet, each content once."""
@@ -227,42 +220,95 @@ class Maker:
                 pixels[row] = picture_tensor(picture)
             visual = self.model.visual_tokenizer(pixels.to(self.model.device, self.dtype))
             made += [Encoded(visual.tokens[row], [f[row] for f in visual.features]) for row in range(len(part))]
+        if self.reuse.values:
+            for picture in made:  # one by one: a picture's values have the same bits whatever stands beside it
+                picture.values = self.model.language.picture_values([f[None, None] for f in picture.features])
         return made
 
     def _fill_up(self, part: list[tuple[Document, int]]) -> list[tuple[Document, int]]:
         """A full batch: the part and copies of its first row."""
         return [*part, *[part[0]] * (self.batch_size - len(part))]
 
-    def _visual(self, rows: list[Document]) -> VisualOutput | None:
-        """All images of the rows as one visual output."""
-        encoded = [e for document in rows for e in document.encoded]
+    def _visual(self, rows: list[tuple[Document, int]]) -> VisualOutput | None:
+        """Visual tokens of the images of every row but the first few; feature maps of all, where they are used."""
+        encoded = [e for document, _ in rows for e in document.encoded]
         if not encoded:
             return None
-        tokens = torch.stack([e.tokens for e in encoded])
-        levels = len(encoded[0].features)
-        features = tuple(torch.stack([e.features[level] for e in encoded]) for level in range(levels))
+        new = [e.tokens for document, seen in rows for e in document.encoded[seen:]]
+        tokens = torch.stack(new) if new else encoded[0].tokens.new_zeros(0, *encoded[0].tokens.shape)
+        levels = range(0 if self.reuse.values else len(encoded[0].features))
+        features = tuple(torch.stack([e.features[level] for e in encoded]) for level in levels)
         return VisualOutput(tokens, features, tokens.new_zeros(0), tokens.new_zeros(0))
 
+    def _values(self, rows: list[Document]) -> Values | None:
+        """Projected values of the rows' pictures, as they are kept with these."""
+        first = rows[0].encoded
+        if not self.reuse.values or not first or not first[0].values:
+            return None
+        layers = [
+            torch.stack([torch.cat([e.values[layer] for e in document.encoded]) for document in rows])
+            for layer in range(len(first[0].values))
+        ]
+        return Values(layers, [(m.shape[1], m.shape[2]) for m in first[0].features[self.config.language.finest_map :]])
+
     def prompt(self, batch: list[tuple[Document, int]], *, left: bool) -> Prompt:
-        """The batch's prompts, padded to their common rounded-up length."""
+        """The batch's prompts behind what was read of them before, padded to their common rounded-up length."""
         rows = [self._ids(document, index) for document, index in batch]
-        ids, mask = pad_rows(rows, self.tokens.pad, left=left, length=padded(len(rows[0])))
-        counts = torch.tensor([len(document.encoded) for document, _ in batch])
-        device = self.model.device
-        return Prompt(ids.to(device), mask.to(device), self._visual([d for d, _ in batch]), counts.to(device))
+        known = [self._known(document, ids) for (document, _), ids in zip(batch, rows, strict=True)]
+        new = [ids[count:] for ids, count in zip(rows, known, strict=True)]
+        ids, mask = pad_rows(new, self.tokens.pad, left=left, length=padded(len(new[0])))
+        seen = [ids[:count].count(self.tokens.boi) for ids, count in zip(rows, known, strict=True)]
+        documents, device = [document for document, _ in batch], self.model.device
+        counts = torch.tensor([len(document.encoded) for document in documents])
+        visual = self._visual(list(zip(documents, seen, strict=True)))
+        past = join([(d.read, count) for d, count in zip(documents, known, strict=True)], self.tokens.pad, device)
+        return Prompt(ids.to(device), mask.to(device), visual, counts.to(device), self._values(documents), past)
+
+    def _read(self, part: list[tuple[Document, int]], *, left: bool) -> tuple[Prompt, Reading]:
+        """Read the prompts of a full batch; keep what its documents' next pieces will read on from."""
+        batch = self._fill_up(part)
+        prompt = self.prompt(batch, left=left)
+        kept = [document.goes_on(index) and self._worth_keeping(document, index) for document, index in part]
+        reading = read(self.model, prompt, keep=left or any(kept))
+        for row, (document, index) in enumerate(part):
+            ids = self._ids(document, index)
+            before = (document.read, self._known(document, ids))
+            document.read = take(reading, row, ids, document.encoded, before, left=left) if kept[row] else None
+        return prompt, reading
+
+    def _worth_keeping(self, document: Document, index: int) -> bool:
+        return self.reuse.prefix and worth_keeping(self.model, len(self._ids(document, index)), self.batch_size)
 
     def _write(self, part: list[tuple[Document, int]]) -> None:
         """Generate one text of every document in ``part``."""
-        batch = self._fill_up(part)
-        prompt = self.prompt(batch, left=True)
-        generators = [document.generator(index) for document, index in batch]
-        made = generate_text(self.model, prompt, self.settings, generators=generators, reuse=self.reuse)
+        prompt, reading = self._read(part, left=True)
+        generators = [document.generator(index) for document, index in self._fill_up(part)]
+        made = generate_text(
+            self.model, prompt, self.settings, generators=generators, reuse=self.reuse, reading=reading
+        )
         for (document, index), ids in zip(part, made.ids, strict=False):
-            ended = ids[-1] if ids[-1] in (self.tokens.eos, self.tokens.boi) else None
-            text = self.model.tokenizer.decode([i for i in ids[1:] if i not in (ended, self.tokens.image)])
-            document.give(index, text)
-            if document.free and index == len(document.pieces) - 1:
-                self._go_on(document, text, ended)
+            self._give_text(document, index, ids)
+
+    def _write_together(self, places: list[tuple[Document, int, Shape]]) -> None:
+        """Generate one text of every document, of whatever shapes, by continuous batching."""
+        made = write_texts(
+            self.model,
+            [shape for _, _, shape in places],
+            lambda some: self.prompt([places[number][:2] for number in some], left=True),
+            self.settings,
+            self.batch_size,
+            [document.generator(index) for document, index, _ in places],
+        )
+        for (document, index, _), ids in zip(places, made, strict=True):
+            self._give_text(document, index, ids)
+
+    def _give_text(self, document: Document, index: int, ids: list[int]) -> None:
+        """Piece ``index`` has been written: ``ids`` with ``<s>`` and, where there is one, the stop id."""
+        ended = ids[-1] if ids[-1] in (self.tokens.eos, self.tokens.boi) else None
+        text = self.model.tokenizer.decode([i for i in ids[1:] if i not in (ended, self.tokens.image)])
+        document.give(index, text)
+        if document.free and index == len(document.pieces) - 1:
+            self._go_on(document, text, ended)
 
     def _choose(self, part: list[tuple[Document, int]]) -> None:
         """Give every document in ``part`` the most likely of its options; one document at a time fills the batch."""
@@ -300,8 +346,7 @@ class Maker:
 
     def _draw(self, part: list[tuple[Document, int]]) -> None:
         """Generate one picture of every document in ``part``."""
-        batch = self._fill_up(part)
-        request = self._request(batch)
+        request = self._request(part)
         latents = self._denoise(request)
         if not bool(torch.isfinite(latents).all()):
             raise FloatingPointError("the denoised latents are not finite")
@@ -319,18 +364,23 @@ class Maker:
         """Pictures ``[N, 3, H, W]`` in [0, 1]."""
         return to_images(self.model, latents)
 
-    def _request(self, batch: list[tuple[Document, int]]) -> ImageRequest:
-        """Context tokens and image features of the pictures to draw."""
-        model, prompt = self.model, self.prompt(batch, left=False)
-        visual = prompt.visual
-        tokens = visual.tokens if visual is not None else prompt.ids.new_zeros(0, 1, 1, dtype=self.dtype)
-        embeds = model.embed(prompt.ids, tokens)
-        seen = model.visual_context(prompt.ids, visual.features if visual is not None else (), prompt.counts)
-        hidden = model.language(embeds, prompt.mask, seen)
-        ends = prompt.mask.sum(1) - 1
-        columns, mask = context_columns(torch.zeros_like(ends), ends, length=prompt.ids.shape[1])
-        rows = torch.arange(len(batch), device=ends.device)[:, None]
-        condition = model.image_decoder.context_tokens(hidden[rows, columns], mask)
+    def _request(self, part: list[tuple[Document, int]]) -> ImageRequest:
+        """Context tokens and image features of the pictures to draw, of a full batch."""
+        batch = self._fill_up(part)
+        before = [(document.read, self._known(document, self._ids(document, index))) for document, index in batch]
+        prompt, reading = self._read(part, left=False)
+        context = [
+            hidden if old is None else torch.cat([old.hidden[:count], hidden, hidden[: width - count]])
+            for (old, count), hidden, width in [
+                (found, hidden, reading.mask.shape[1] - reading.hidden.shape[1])
+                for found, hidden in zip(before, reading.hidden, strict=True)
+            ]
+        ]
+        ends = torch.tensor([len(self._ids(document, index)) - 1 for document, index in batch])
+        columns, mask = context_columns(torch.zeros_like(ends), ends, length=reading.mask.shape[1])
+        device, rows = self.model.device, torch.arange(len(batch))[:, None]
+        hidden = torch.stack(context)[rows.to(device), columns.to(device)]
+        condition = self.model.image_decoder.context_tokens(hidden, mask.to(device))
         features, visible = self._context_images([document for document, _ in batch])
         generators = [document.generator(index) for document, index in batch]
         return ImageRequest(condition, features, visible, generators)
@@ -352,26 +402,6 @@ class Maker:
         return maps, torch.ones(len(rows), count, dtype=torch.long, device=device)
 
 
-def context_limit(config: ModelConfig) -> int:
-    """Tokens that the language model holds."""
-    return int(config.language.transformers["max_position_embeddings"])
-
-
-def check_room(config: ModelConfig, index: int, tokens: int, images: int) -> None:
-    """Raises TextTooLongError where piece ``index`` needs too many tokens or stands behind too many images."""
-    limit = context_limit(config)
-    if tokens > limit:
-        raise TextTooLongError(
-            f"piece {index} needs a context of {tokens} tokens, the model holds {limit}",
-            remedy="shorten the texts or use fewer images",
-        )
-    most = config.language.mmfs.max_images - 1 if config.language.mmfs is not None else images
-    if images > most:
-        raise TextTooLongError(
-            f"piece {index} stands behind {images} images, the model tells {most} apart", remedy="use fewer images"
-        )
-
-
 def invariant_rows(batch_size: int, device: torch.device) -> int:
     """Rows that are computed together so that an item's bytes do not depend on its place among them.
 
@@ -382,11 +412,6 @@ def invariant_rows(batch_size: int, device: torch.device) -> int:
     if device.type != "cpu":
         return batch_size
     return together(batch_size, torch.get_num_threads())
-
-
-def padded(length: int) -> int:
-    """Length rounded up to the next multiple of ``LENGTH_STEP`` above it."""
-    return (length // LENGTH_STEP + 1) * LENGTH_STEP
 
 
 def picture_tensor(image: Image.Image) -> Tensor:

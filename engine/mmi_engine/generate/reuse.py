@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, overload
 
 import torch
@@ -30,32 +30,38 @@ class Reuse:
         pictures: visual tokens and feature maps of a picture, by its content. Off: every picture of a document is
             encoded again for every piece that is made.
         values: the projected values of every MMFS layer, shared by decoding steps and beams, by denoising steps and
-            both halves of guidance. Off: projected again in every step, for every row.
+            both halves of guidance; with them the U-Net's keys and values of the text. Off: projected again in every
+            step, for every row.
+        prefix: keys, values and hidden states of what the language model has read of a document. Off: every piece reads
+            all that stands before it.
     """
 
     pictures: bool = True
     values: bool = True
+    prefix: bool = True
 
 
-LITERAL = Reuse(pictures=False, values=False)
-"""Computes again what the released engine computes again; the keys of self-attention are kept in both."""
+LITERAL = Reuse(pictures=False, values=False, prefix=False)
+"""Computes again what the released engine computes again; the keys of a text's own tokens are kept in both."""
 
 
 @dataclass
 class Encoded:
-    """One encoded picture: visual tokens ``[K, d]`` and feature maps ``[C, h_l, w_l]``."""
+    """One encoded picture: visual tokens ``[K, d]``, feature maps ``[C, h_l, w_l]``, and what every MMFS layer of the
+    language model projects of these, ``[S, H, D]``."""
 
     tokens: Tensor
     features: list[Tensor]
+    values: list[Tensor] = field(default_factory=list)
 
     @property
     def bytes(self) -> int:
         """Memory of its tensors."""
-        return sum(t.numel() * t.element_size() for t in (self.tokens, *self.features))
+        return sum(t.numel() * t.element_size() for t in (self.tokens, *self.features, *self.values))
 
     def own(self) -> Encoded:
         """A copy that does not hold on to the batch it was encoded in."""
-        return Encoded(self.tokens.clone(), [m.clone() for m in self.features])
+        return Encoded(self.tokens.clone(), [m.clone() for m in self.features], self.values)
 
 
 class PictureStore:

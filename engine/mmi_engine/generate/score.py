@@ -50,6 +50,7 @@ def row_scores(model: MMInterleaved, prompt: Prompt, continuations: Sequence[Seq
 
 def _score(decoder: Decoder, first: Tensor, rows: Sequence[Sequence[int]], length: int) -> list[float]:
     """Scores of one continuation per row; the cache is left as it was."""
+    decoder.check()
     device = first.device
     ids = torch.zeros(len(rows), length, dtype=torch.long, device=device)
     counted = torch.zeros(len(rows), length, device=device)

@@ -15,21 +15,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from mmi_engine.generate.reading import Prompt, Reading, read
 from mmi_engine.generate.reuse import Anew, Reuse, language_anew
 from mmi_engine.generate.settings import Settings
 from mmi_engine.model.interleaved import MMInterleaved
 from mmi_engine.model.language import VisualContext
-from mmi_engine.model.vision import VisualOutput
 
-
-@dataclass
-class Prompt:
-    """Left-padded ids ``[B, T]``, their mask ``[B, T]``, and the images of all rows with their counts ``[B]``."""
-
-    ids: Tensor
-    mask: Tensor
-    visual: VisualOutput | None
-    counts: Tensor
+NOT_FINITE = "the logits are not finite"
+ASK_EVERY = 8
+"""Steps after which a device is asked whether all rows have ended: each time it must finish what it was given."""
 
 
 @dataclass
@@ -42,23 +36,32 @@ class TextOutput:
 
 
 class Decoder:
-    """Prompt state of one batch: KV cache, projected images, mask and positions; rows may be reordered."""
+    """Prompt state of one batch: KV cache, projected images, mask and positions; rows may be reordered.
 
-    def __init__(self, model: MMInterleaved, prompt: Prompt, copies: int = 1, reuse: Reuse | None = None) -> None:
-        self.model, self.mask = model, prompt.mask
-        features = prompt.visual.features if prompt.visual is not None else ()
-        tokens = prompt.visual.tokens if prompt.visual is not None else prompt.ids.new_zeros(0, 1, 1, dtype=torch.float)
-        embeds = model.embed(prompt.ids, tokens)
-        visual = model.visual_context(prompt.ids, features, prompt.counts)
-        positions = (prompt.mask.cumsum(-1) - 1).masked_fill(prompt.mask == 0, 1)
-        self.cache = model.language.new_cache()
-        hidden = model.language(embeds, prompt.mask, visual, position_ids=positions, cache=self.cache)
-        self.logits = _finite(model.text_head(hidden[:, -1]).float())
-        self.position = positions[:, -1:]
+    Args:
+        model, prompt: read here unless ``reading`` is given.
+        copies: beams of every row.
+        reuse: see `generate_text`.
+    """
+
+    def __init__(
+        self,
+        model: MMInterleaved,
+        prompt: Prompt,
+        copies: int = 1,
+        reuse: Reuse | None = None,
+        reading: Reading | None = None,
+    ) -> None:
+        reading = reading or read(model, prompt)
+        self.model, self.mask = model, reading.mask
+        self.cache, visual = reading.cache, reading.visual
+        self._sound: Tensor | None = None
+        self.logits = self._checked(model.text_head(reading.hidden[:, -1]).float())
+        self.position = reading.positions[:, -1:]
         self.visual = None
         if visual is not None:
-            if reuse is not None and not reuse.values:
-                visual = language_anew(model, visual, features, prompt.counts)
+            if reuse is not None and not reuse.values and prompt.visual is not None:
+                visual = language_anew(model, visual, prompt.visual.features, prompt.counts)
             self.visual = replace(visual, visible=visual.visible[:, -1:])
         if copies > 1:
             self.cache.batch_repeat_interleave(copies)
@@ -76,6 +79,11 @@ class Decoder:
                 values = [v[rows] for v in values]
             self.visual = VisualContext(values, self.visual.shapes, self.visual.visible[rows])
 
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these rows alone."""
+        self.cache.batch_select_indices(rows)
+        self._select(rows)
+
     def reorder(self, rows: Tensor) -> None:
         """Continue with these rows; beams of one item share its images, so those stay where they are."""
         self.cache.reorder_cache(rows)
@@ -91,8 +99,21 @@ class Decoder:
             position_ids=self.position,
             cache=self.cache,
         )
-        self.logits = _finite(self.model.text_head(hidden[:, -1]).float())
+        self.logits = self._checked(self.model.text_head(hidden[:, -1]).float())
         return self.logits
+
+    def _checked(self, logits: Tensor) -> Tensor:
+        """The logits; on a CPU `check` is made at once, on a device noted for later, which waits for nothing."""
+        if logits.device.type == "cpu":
+            return _finite(logits)
+        sound = torch.isfinite(logits).all()
+        self._sound = sound if self._sound is None else self._sound & sound
+        return logits
+
+    def check(self) -> None:
+        """Raises FloatingPointError where logits so far were NaN or infinite."""
+        if self._sound is not None and not bool(self._sound):
+            raise FloatingPointError(NOT_FINITE)
 
 
 def _finite(logits: Tensor) -> Tensor:
@@ -102,7 +123,7 @@ def _finite(logits: Tensor) -> Tensor:
         FloatingPointError: one of them is NaN or infinite.
     """
     if not bool(torch.isfinite(logits).all()):
-        raise FloatingPointError("the logits are not finite")
+        raise FloatingPointError(NOT_FINITE)
     return logits
 
 
@@ -116,6 +137,7 @@ def generate_text(
     returned: int = 1,
     record_logits: bool = False,
     reuse: Reuse | None = None,
+    reading: Reading | None = None,
 ) -> TextOutput:
     """Continue every prompt.
 
@@ -127,29 +149,34 @@ def generate_text(
         returned: beam hypotheses per row.
         record_logits: keep the raw logits of every step (greedy and sampling).
         reuse: what is computed once, everything by default.
+        reading: what `read` made of the prompt, where that has been done.
     """
     if settings.beams > 1:
-        return TextOutput(_beam_search(model, prompt, settings, returned, reuse), [])
+        return TextOutput(_beam_search(model, prompt, settings, returned, reuse, reading), [])
     tokens, batch = model.config.tokens, len(prompt.ids)
-    decoder = Decoder(model, prompt, reuse=reuse)
+    decoder = Decoder(model, prompt, reuse=reuse, reading=reading)
     output = torch.full((batch, 1), tokens.bos, dtype=torch.long, device=prompt.ids.device)
     done = torch.zeros(batch, dtype=torch.bool, device=prompt.ids.device)
     recorded, logits = [], decoder.logits
+    every = 1 if output.device.type == "cpu" or record_logits else ASK_EVERY
     for index in range(settings.max_new_tokens):
         if record_logits:
             recorded.append(logits)
-        scores = _process(logits, output, settings, (tokens.eos, tokens.boi))
-        chosen = _sample(scores, settings, generators) if settings.temperature > 0 else scores.argmax(-1)
+        if settings.temperature > 0:
+            decoder.check()
+        scores = process(logits, output, settings, (tokens.eos, tokens.boi))
+        chosen = sample(scores, settings, generators) if settings.temperature > 0 else scores.argmax(-1)
         chosen = chosen.masked_fill(done, tokens.pad)
         output = torch.cat([output, chosen[:, None]], dim=1)
         done |= (chosen == tokens.eos) | (chosen == tokens.boi)
-        if bool(done.all()) or index == settings.max_new_tokens - 1:
+        if index == settings.max_new_tokens - 1 or ((index + 1) % every == 0 and bool(done.all())):
             break
         logits = decoder.step(chosen)
-    return TextOutput([_cut(row, (tokens.eos, tokens.boi)) for row in output.tolist()], recorded)
+    decoder.check()
+    return TextOutput([cut(row, (tokens.eos, tokens.boi)) for row in output.tolist()], recorded)
 
 
-def _cut(row: list[int], stops: tuple[int, ...]) -> list[int]:
+def cut(row: list[int], stops: tuple[int, ...]) -> list[int]:
     """The row up to and including its first stop id."""
     for index, token in enumerate(row):
         if index and token in stops:
@@ -157,7 +184,7 @@ def _cut(row: list[int], stops: tuple[int, ...]) -> list[int]:
     return row
 
 
-def _process(scores: Tensor, ids: Tensor, settings: Settings, stops: tuple[int, ...]) -> Tensor:
+def process(scores: Tensor, ids: Tensor, settings: Settings, stops: tuple[int, ...]) -> Tensor:
     """Repetition penalty on generated ids, then the minimum length; ``ids`` ``[B, n]`` with the opening ``<s>``."""
     if settings.repetition_penalty != 1.0:
         seen = scores.gather(1, ids)
@@ -169,7 +196,7 @@ def _process(scores: Tensor, ids: Tensor, settings: Settings, stops: tuple[int, 
     return scores
 
 
-def _sample(scores: Tensor, settings: Settings, generators: list[torch.Generator] | None) -> Tensor:
+def sample(scores: Tensor, settings: Settings, generators: list[torch.Generator] | None) -> Tensor:
     """Nucleus sampling; each row draws from its own generator, so neighbours do not matter."""
     probabilities = torch.softmax(scores / settings.temperature, dim=-1)
     ordered, index = probabilities.sort(dim=-1, descending=True, stable=True)
@@ -204,20 +231,26 @@ class _Hypotheses:
 
 
 def _beam_search(
-    model: MMInterleaved, prompt: Prompt, settings: Settings, returned: int, reuse: Reuse | None
+    model: MMInterleaved,
+    prompt: Prompt,
+    settings: Settings,
+    returned: int,
+    reuse: Reuse | None,
+    reading: Reading | None,
 ) -> list[list[int]]:
     """Beam search with two stop ids: 3 × beams candidates a step, score = Σ log-probability / length^penalty."""
     tokens, beams, batch = model.config.tokens, settings.beams, len(prompt.ids)
     stops = (tokens.eos, tokens.boi)
     device = prompt.ids.device
-    decoder = Decoder(model, prompt, copies=beams, reuse=reuse)
+    decoder = Decoder(model, prompt, copies=beams, reuse=reuse, reading=reading)
     output = torch.full((batch * beams, 1), tokens.bos, dtype=torch.long, device=device)
     running = torch.full((batch, beams), -1e9, device=device)
     running[:, 0] = 0.0  # all beams start alike: only the first may branch
     kept = [_Hypotheses(beams, settings.length_penalty, []) for _ in range(batch)]
     logits = decoder.logits
     for index in range(settings.max_new_tokens):
-        scores = _process(torch.log_softmax(logits, dim=-1), output, settings, stops)
+        decoder.check()
+        scores = process(torch.log_softmax(logits, dim=-1), output, settings, stops)
         vocabulary = scores.shape[1]
         totals = (scores + running.flatten()[:, None]).view(batch, beams * vocabulary)
         best, flat = totals.topk(beams * (1 + len(stops)), dim=1)

@@ -17,11 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from mmi_engine.errors import ModelError
 from mmi_engine.model.config import LanguageConfig, SpecialTokens
 from mmi_engine.model.mmfs import MMFS, Shapes
+
+ROOM = 64
+"""Columns by which a KV cache grows at a time."""
 
 
 @dataclass
@@ -35,6 +38,43 @@ class VisualContext:
     values: Sequence[Tensor]
     shapes: Shapes
     visible: Tensor
+
+
+class RoomyLayer(DynamicLayer):
+    """The library's cache layer, with room behind its columns: a step writes its own instead of copying all others.
+
+    ``keys`` and ``values`` are views of the first columns of larger tensors; where another method put something else in
+    their place, the next step makes room again.
+    """
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """See the library."""
+        super().lazy_initialization(key_states, value_states)
+        self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
+        self.room: tuple[Tensor, Tensor] = (self.keys, self.values)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """See the library."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        held, total = self.keys.shape[2], self.keys.shape[2] + key_states.shape[2]
+        mine = all(
+            part.data_ptr() == whole.data_ptr() and part.shape[:2] == whole.shape[:2] and total <= whole.shape[2]
+            for part, whole in zip((self.keys, self.values), self.room, strict=True)
+        )
+        if not mine:
+            self.room = (self._larger(self.keys, key_states, total), self._larger(self.values, value_states, total))
+        for whole, new in zip(self.room, (key_states, value_states), strict=True):
+            whole[:, :, held:total] = new
+        self.keys, self.values = (whole[:, :, :total] for whole in self.room)
+        return self.keys, self.values
+
+    @staticmethod
+    def _larger(old: Tensor, new: Tensor, columns: int) -> Tensor:
+        rows, heads, _, width = new.shape
+        whole = new.new_empty(rows, heads, columns + ROOM, width)
+        whole[:, :, : old.shape[2]] = old
+        return whole
 
 
 class GatedMMFS(nn.Module):
@@ -128,9 +168,18 @@ class LanguageModel(nn.Module):
         values = [cross.project_values(flat) for cross in self.mmfs_layers]
         return VisualContext(values, [(m.shape[3], m.shape[4]) for m in maps], visible)
 
+    def picture_values(self, features: list[Tensor]) -> list[Tensor]:
+        """One picture's maps ``[1, 1, C, h_l, w_l]`` as every MMFS layer projects them: ``[S, H, D]`` each."""
+        if not self.mmfs_layers:
+            return []
+        flat = torch.cat([m.flatten(3).transpose(2, 3) for m in features[self.config.finest_map :]], dim=2)
+        return [cross.project_values(flat)[0] for cross in self.mmfs_layers]
+
     def new_cache(self) -> DynamicCache:
-        """An empty KV cache."""
-        return DynamicCache(config=self.body.config)
+        """An empty KV cache; see :class:`RoomyLayer`."""
+        cache = DynamicCache(config=self.body.config)
+        cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+        return cache
 
     def forward(
         self,

@@ -14,11 +14,13 @@ For a query f_q and M images, image m with visibility v_m(q):
 
 The released code gives every level one further "ignore" logit, fixed to −ln(M·L): together they weigh exp(0), so the
 softmax over all of them is a softmax with one extra logit 0. The query side is linear, hence nothing is repeated per
-image: W_p q_m = W_p W_q f_q + W_p E[r_m], and the second term is a table of ``max_images`` rows.
+image: W_p q_m = W_p W_q f_q + W_p E[r_m], and the second term is a table of ``max_images`` rows. In evaluation W_p W_q
+and W_A W_q are one matrix each; training and checkpoints have them apart.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,12 +28,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmi_engine.model.config import MMFSConfig
+from mmi_engine.model.kept import Kept, joined
 from mmi_kernels import mmfs_attention
 from mmi_kernels.fused import Shapes, relative_index
 
 __all__ = ["MMFS", "Shapes", "relative_index"]
 
-Derived = tuple[Tensor, Tensor, tuple[Tensor, Tensor], Tensor]
+
+@dataclass(frozen=True)
+class Derived:
+    """What follows from the weights: maps (weight, bias) to offsets and logits, from the query itself where ``fused``,
+    else from its projection; what relative index r adds to both; the ignore token."""
+
+    offsets: tuple[Tensor, Tensor]
+    logits: tuple[Tensor, Tensor]
+    tables: tuple[Tensor, Tensor]
+    token: Tensor
+    fused: bool = False
 
 
 class MMFS(nn.Module):
@@ -58,7 +71,7 @@ class MMFS(nn.Module):
         self.output_proj = nn.Linear(config.width, d_out)
         self.ignore_token = nn.Parameter(torch.zeros(1, 1, 1, config.width), requires_grad=False)
         self.backend = "auto"
-        self._kept: tuple[tuple[Any, ...], tuple[Tensor, ...], Derived] | None = None
+        self._kept = Kept()
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -90,6 +103,7 @@ class MMFS(nn.Module):
         shapes: Shapes,
         visible: Tensor,
         rows: Tensor | None = None,
+        out: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """Attend.
 
@@ -101,6 +115,7 @@ class MMFS(nn.Module):
             visible: ``[B, M]`` for all queries alike or ``[B, Q', M]``; with Q' ≠ Q its last row holds for every query
                 (while decoding, a new token sees what the last prompt token saw).
             rows: ``[B]`` which row of ``values`` each sequence looks at; default its own.
+            out: weight and bias to use instead of W_o.
 
         Returns:
             ``[B, Q, d_out]``. A query that sees no image yields W_o t.
@@ -111,53 +126,41 @@ class MMFS(nn.Module):
         if visible.ndim == 3 and visible.shape[1] != n_query:
             visible = visible[:, -1]
         visible = visible[:, None] if visible.ndim == 2 else visible  # (B, 1 or Q, M)
-        projected = self.query_proj(query)
-        logit_weight, logit_bias, tables, token = self._derived()
+        derived = self._derived()
+        projected = query if derived.fused else self.query_proj(query)
         sampled = mmfs_attention(
             values,
             shapes,
-            self.offsets(projected),
-            F.linear(projected, logit_weight, logit_bias),
-            tables,
+            F.linear(projected, *derived.offsets),
+            F.linear(projected, *derived.logits),
+            derived.tables,
             reference,
             self._scales(shapes),
             visible,
-            token,
+            derived.token,
             rows=rows,
             backend=self.backend,
         )
-        return self.output_proj(sampled)
+        return self.output_proj(sampled) if out is None else F.linear(sampled, *out)
 
     def _derived(self) -> Derived:
-        """What depends on weights alone. Kept between calls in evaluation without gradients, never in training.
-
-        What is kept serves as long as every weight has the address and the version counter it was made from. The
-        weights' memory is held along with it, so that an address cannot come to mean another tensor. ``train``,
-        ``eval`` and moves drop it, which covers changes that go past the counter (through ``.data``).
-        """
+        """What depends on weights alone, kept between calls where that is safe."""
         weights = (
             self.image_index.weight,
             self.offsets.weight,
+            self.offsets.bias,
             self.logits.weight,
             self.logits.bias,
             self.ignore_token,
+            self.query_proj.weight,
+            self.query_proj.bias,
         )
-        device = weights[0].device.type
-        if (
-            self.training
-            or torch.is_grad_enabled()
-            or torch.compiler.is_compiling()
-            or torch.is_autocast_enabled(device)
-            or any(weight.is_inference() for weight in weights)
-        ):
+        if not self._kept.may(self.training, weights):
             return self._derive()
-        key = tuple([(weight.data_ptr(), weight._version, weight.dtype) for weight in weights])
-        if self._kept is None or self._kept[0] != key:
-            self._kept = (key, tuple(weight.detach() for weight in weights), self._derive())
-        return self._kept[2]
+        return self._kept.get(weights, lambda: self._fuse(self._derive()))
 
     def _derive(self) -> Derived:
-        """Weight and bias of the logits without the ignore slot's, both tables, and the ignore token."""
+        """The ignore slot's rows left out of the logits; both tables."""
         heads, levels, points = self.config.heads, len(self.config.levels), self.config.points
         # W (q + E[r]) + b = (W q + b) + (W E)[r]: the right-hand tables have only max_images rows.
         logit_weight = self.logits.weight.view(heads, levels, points + 1, -1)[:, :, :points].flatten(0, 2)
@@ -167,15 +170,22 @@ class MMFS(nn.Module):
             F.linear(self.image_index.weight, logit_weight),
         )
         wide = torch.promote_types(self.ignore_token.dtype, torch.float32)
-        return logit_weight, logit_bias, tables, self.ignore_token.to(wide)
+        offsets = (self.offsets.weight, self.offsets.bias)
+        return Derived(offsets, (logit_weight, logit_bias), tables, self.ignore_token.to(wide))
+
+    def _fuse(self, apart: Derived) -> Derived:
+        """The query's projection drawn into both maps."""
+        first = (self.query_proj.weight, self.query_proj.bias)
+        offsets, logits = (joined(weight, *first, bias) for weight, bias in (apart.offsets, apart.logits))
+        return Derived(offsets, logits, apart.tables, apart.token, fused=True)
 
     def train(self, mode: bool = True) -> MMFS:
         """See torch; forgets what was derived from the weights."""
-        self._kept = None
+        self._kept.forget()
         return super().train(mode)
 
     def _apply(self, *args: Any, **kwargs: Any) -> MMFS:
-        self._kept = None
+        self._kept.forget()
         return super()._apply(*args, **kwargs)
 
     def _scales(self, shapes: Shapes) -> list[tuple[float, float]]:

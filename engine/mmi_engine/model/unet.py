@@ -9,8 +9,10 @@ Source: docs/model.md (the paper puts MMFS after each up block; the released mod
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 
 from mmi_engine.errors import ModelError
 from mmi_engine.model.config import MMFSConfig
+from mmi_engine.model.kept import Kept, joined
 from mmi_engine.model.mmfs import MMFS, Shapes
 from mmi_engine.model.positions import resize_grid, sincos_2d
 
@@ -41,6 +44,7 @@ class MMFSBlock(nn.Module):
         nn.init.zeros_(self.zero_conv.weight)
         nn.init.zeros_(self.zero_conv.bias)
         self.side = side
+        self._kept = Kept()
         # The table is made for the latent's grid and resized to the query's, as the released model does.
         self.register_buffer("positions", sincos_2d(latent_side, latent_side, channels), persistent=False)
         self.register_buffer("query_positions", resize_grid(self.positions, (side, side)), persistent=False)
@@ -60,8 +64,29 @@ class MMFSBlock(nn.Module):
             positions = resize_grid(self.positions, (height, width))
             reference = cell_centres(height, width).to(x)
         query = self.query_norm(x.flatten(2).transpose(1, 2)) + positions.to(x.dtype)
-        synced = self.mmfs(query, reference[None].float(), values, shapes, visible, sources)
-        return self.zero_conv(synced.transpose(1, 2).unflatten(2, (height, width)))
+        out = self.out_map()
+        synced = self.mmfs(query, reference[None].float(), values, shapes, visible, sources, out)
+        synced = synced.transpose(1, 2).unflatten(2, (height, width))
+        return self.zero_conv(synced) if out is None else synced
+
+    def out_map(self) -> tuple[Tensor, Tensor] | None:
+        """MMFS's output projection and the zero convolution as one linear map (weight, bias); ``None`` in training."""
+        last = self.mmfs.output_proj
+        weights = (last.weight, last.bias, self.zero_conv.weight, self.zero_conv.bias)
+        if not self._kept.may(self.training, weights):
+            return None
+        return self._kept.get(
+            weights, lambda: joined(self.zero_conv.weight.flatten(1), last.weight, last.bias, self.zero_conv.bias)
+        )
+
+    def train(self, mode: bool = True) -> MMFSBlock:
+        """See torch; forgets what was derived from the weights."""
+        self._kept.forget()
+        return super().train(mode)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> MMFSBlock:
+        self._kept.forget()
+        return super()._apply(*args, **kwargs)
 
     def term(self, x: Tensor, vision: ImageVision, order: int) -> Tensor:
         """What is added to ``x`` ``[N, channels, h, w]``, rows that see nothing included."""
@@ -80,7 +105,7 @@ class ImageVision:
 
     ``values``: one ``[V, M·S, H, D]`` per MMFS block; ``shapes``: (height, width) of the maps; ``visible``: ``[R, M]``;
     ``rows``: ``[R]`` the batch rows that see anything at all, for all others MMFS is a constant; ``sources``: ``[R]``
-    which row of ``values`` each of them looks at, ``None`` for its own (V = R).
+    which row of ``values`` each of them looks at, ``None`` for its own (V = R); ``once``: what this is copies of.
     """
 
     values: Sequence[Tensor]
@@ -88,12 +113,19 @@ class ImageVision:
     visible: Tensor
     rows: Tensor
     sources: Tensor | None = None
+    once: ImageVision | None = None
 
     def repeat(self, times: int, batch: int) -> ImageVision:
         """The same for ``times`` copies of a batch of ``batch`` rows, one copy after the other."""
         rows = torch.cat([self.rows + batch * k for k in range(times)])
         own = torch.arange(len(self.rows), device=self.rows.device) if self.sources is None else self.sources
-        return ImageVision(self.values, self.shapes, self.visible.repeat(times, 1), rows, own.repeat(times))
+        return ImageVision(self.values, self.shapes, self.visible.repeat(times, 1), rows, own.repeat(times), self)
+
+    def side_by_side(self) -> ImageVision:
+        """The same with the values of every row in place: what CPU kernels read, else gathered in every step."""
+        if self.sources is None:
+            return self
+        return replace(self, values=[v[self.sources] for v in self.values], sources=None)
 
 
 class MMFSUNet(nn.Module):
@@ -102,6 +134,7 @@ class MMFSUNet(nn.Module):
     def __init__(self, unet: UNet2DConditionModel, config: MMFSConfig | None, d_value: int) -> None:
         super().__init__()
         self.unet = unet
+        self.compiled = False  # its blocks by `generate/compiled.py`
         blocks = []
         if config is not None:
             skips = skip_shapes(unet)
@@ -130,20 +163,29 @@ class MMFSUNet(nn.Module):
         Args:
             latents: ``[N, C, h, w]``, scaled and noisy.
             timesteps: ``[N]`` or scalar, 0 … 999.
-            context: text condition ``[N, 77, cross_attention_dim]``.
-            vision: of :meth:`look`; ``None`` leaves MMFS out altogether.
+            context: text condition ``[k·N, 77, cross_attention_dim]``, k conditions for the same latents, one after the
+                other (both halves of guidance); what does not depend on them is computed once.
+            vision: of :meth:`look`, repeated k times; ``None`` leaves MMFS out altogether.
+
+        Returns:
+            ``[k·N, C, h, w]``.
         """
-        unet = self.unet
-        emb = unet.time_embedding(unet.get_time_embed(sample=latents, timestep=timesteps))
-        sample = unet.conv_in(latents)
+        unet, copies = self.unet, len(context) // len(latents)
+        emb = unet.time_embedding(unet.get_time_embed(sample=latents, timestep=timesteps)).repeat(copies, 1)
+        first = unet.conv_in(latents)
+        sample = _copies(first, copies)
         skips = (sample,)
         for block in unet.down_blocks:
             sample, more = block(hidden_states=sample, temb=emb, **_attends(block, context))
             skips += more
         sample = unet.mid_block(sample, emb, **_attends(unet.mid_block, context))
         if vision is not None:
+            features = enumerate(zip(self.mmfs_blocks, (*skips, sample), strict=True))
             terms = [
-                b.term(x, vision, i) for i, (b, x) in enumerate(zip(self.mmfs_blocks, (*skips, sample), strict=True))
+                _copies(b.term(first, vision.once, 0), copies)
+                if i == 0 and copies > 1 and vision.once is not None
+                else b.term(x, vision, i)
+                for i, (b, x) in features
             ]
             skips = tuple(x + term for x, term in zip(skips, terms, strict=False))
             sample = sample + terms[-1]
@@ -161,6 +203,33 @@ class MMFSUNet(nn.Module):
         if unet.conv_norm_out is not None:
             sample = unet.conv_act(unet.conv_norm_out(sample))
         return unet.conv_out(sample)
+
+
+@contextmanager
+def text_once(unet: MMFSUNet, context: Tensor) -> Iterator[None]:
+    """While it lasts, the keys and values of ``context`` in cross-attention are those computed now.
+
+    Only this very tensor is recognised; any other is projected as ever.
+    """
+
+    def kept(linear: nn.Module) -> Any:
+        known, project = linear(context), linear.forward
+        return lambda given: known if given is context else project(given)
+
+    crossing = [m.attn2 for m in unet.unet.modules() if getattr(m, "attn2", None) is not None]
+    linears = [linear for attention in crossing for linear in (attention.to_k, attention.to_v)]
+    for linear in linears:
+        linear.forward = kept(linear)
+    try:
+        yield
+    finally:
+        for linear in linears:
+            vars(linear).pop("forward", None)
+
+
+def _copies(x: Tensor, count: int) -> Tensor:
+    """``count`` copies of a batch, one after the other."""
+    return x if count == 1 else torch.cat([x] * count)
 
 
 def _attends(block: nn.Module, context: Tensor) -> dict[str, Tensor]:
