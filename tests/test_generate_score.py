@@ -9,7 +9,8 @@ from PIL import Image
 from tiny import tiny_model
 
 from mmi_engine.generate import interleave
-from mmi_engine.generate.interleave import Maker, picture_tensor
+from mmi_engine.generate.encoding import picture_tensor
+from mmi_engine.generate.interleave import Maker
 from mmi_engine.generate.rank import CAPTION_PROMPT, ClipScorer, caption_scores
 from mmi_engine.generate.settings import Settings
 from mmi_engine.sequence import InterleavedBatch, Piece, tokenize

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -22,6 +21,7 @@ from mmi_engine.data.images import prepare
 from mmi_engine.errors import TextTooLongError
 from mmi_engine.generate.continuous import write_texts
 from mmi_engine.generate.document import Document
+from mmi_engine.generate.encoding import encode, to_picture
 from mmi_engine.generate.image import Denoising, ImageRequest, denoise, to_images
 from mmi_engine.generate.reading import (
     Prompt,
@@ -196,34 +196,21 @@ class Maker:
             images = [p.value for p in document.pieces[:cut] if p.kind == "image"]
             todo += [(document, prepare(image, size)) for image in images[len(document.encoded) :]]
         if not self.reuse.pictures:
-            for (document, _), encoded in zip(todo, self._encode([picture for _, picture in todo]), strict=True):
+            for (document, _), encoded in zip(todo, self._encoded([picture for _, picture in todo]), strict=True):
                 document.encoded.append(encoded)
             return
         keys = [PictureStore.key(picture, self.batch_size) for _, picture in todo]
         found = {key: self.pictures.get(key) for key in keys}
         missing = {key: picture for key, (_, picture) in zip(keys, todo, strict=True) if found[key] is None}
-        for key, encoded in zip(missing, self._encode(list(missing.values())), strict=True):
+        for key, encoded in zip(missing, self._encoded(list(missing.values())), strict=True):
             found[key] = self.pictures.put(key, encoded)
         for key, (document, _) in zip(keys, todo, strict=True):
             encoded_once = found[key]
             assert encoded_once is not None
             document.encoded.append(encoded_once)
 
-    def _encode(self, pictures: list[Image.Image]) -> list[Encoded]:
-        """Encode prepared pictures in batches of ``batch_size``, the last one filled up with black."""
-        size = self.config.vision.image_size
-        made: list[Encoded] = []
-        for start in range(0, len(pictures), self.batch_size):
-            part = pictures[start : start + self.batch_size]
-            pixels = torch.zeros(self.batch_size, 3, size, size)
-            for row, picture in enumerate(part):
-                pixels[row] = picture_tensor(picture)
-            visual = self.model.visual_tokenizer(pixels.to(self.model.device, self.dtype))
-            made += [Encoded(visual.tokens[row], [f[row] for f in visual.features]) for row in range(len(part))]
-        if self.reuse.values:
-            for picture in made:  # one by one: a picture's values have the same bits whatever stands beside it
-                picture.values = self.model.language.picture_values([f[None, None] for f in picture.features])
-        return made
+    def _encoded(self, pictures: list[Image.Image]) -> list[Encoded]:
+        return encode(self.model, pictures, self.batch_size, values=self.reuse.values)
 
     def _fill_up(self, part: list[tuple[Document, int]]) -> list[tuple[Document, int]]:
         """A full batch: the part and copies of its first row."""
@@ -412,13 +399,3 @@ def invariant_rows(batch_size: int, device: torch.device) -> int:
     if device.type != "cpu":
         return batch_size
     return together(batch_size, torch.get_num_threads())
-
-
-def picture_tensor(image: Image.Image) -> Tensor:
-    """RGB picture → ``[3, h, w]`` float in [0, 1]."""
-    return torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1).float() / 255
-
-
-def to_picture(pixels: Tensor) -> Image.Image:
-    """``[3, h, w]`` in [0, 1] → RGB picture, rounded to 8 bits."""
-    return Image.fromarray((pixels * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy(), "RGB")
