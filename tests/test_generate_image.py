@@ -8,10 +8,10 @@ import torch
 from mmi_engine.errors import BackendError, UsageError
 from mmi_engine.generate.compiled import compile_unet
 from mmi_engine.generate.image import Denoising, ImageRequest, denoise, to_images
-from mmi_engine.generate.interleave import invariant_rows
 from mmi_engine.generate.settings import Settings
 from mmi_engine.model.config import GenerationDefaults
 from mmi_engine.model.interleaved import MMInterleaved
+from mmi_engine.model.rows import DRAWN_TOGETHER, drawn_together, invariant_rows, paired
 from tests.tiny import tiny_model
 
 
@@ -101,6 +101,32 @@ def test_rows_computed_together_are_a_multiple_of_the_threads(monkeypatch: pytes
     cpu = torch.device("cpu")
     assert [invariant_rows(n, cpu) for n in (1, 3, 4, 7, 8)] == [1, 1, 4, 4, 8]
     assert invariant_rows(7, torch.device("cuda")) == 7
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 8])
+def test_a_cpu_denoises_equal_parts_of_few_rows(monkeypatch: pytest.MonkeyPatch, threads: int) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    for rows in range(1, 40):
+        part = drawn_together(rows, torch.device("cpu"))
+        assert 1 <= part <= min(rows, max(DRAWN_TOGETHER, threads))
+        assert part == rows or part % threads == 0
+        assert drawn_together(rows, torch.device("cuda")) == rows
+
+
+@torch.no_grad()
+def test_parts_draw_what_the_whole_draws(model: MMInterleaved) -> None:
+    plan, seen = Denoising(3, 2.0, "ddpm"), [1, 0, 1, 1, 0, 1]
+    whole = denoise(model, request_of(6, list(range(6)), seen), plan)
+    parts = [denoise(model, part, plan) for part in request_of(6, list(range(6)), seen).split(4)]
+    assert [len(part) for part in parts] == [4, 4], "the last one is filled up"
+    torch.testing.assert_close(torch.cat(parts)[:6], whole, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_small_picture_alone_has_the_bits_it_has_in_a_batch() -> None:
+    layer = torch.nn.Conv2d(32, 96, 3, padding=1)
+    rows = torch.randn(6, 32, 16, 16, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(paired(layer, rows[:1]), paired(layer, rows[:2])[:1])
 
 
 @torch.no_grad()

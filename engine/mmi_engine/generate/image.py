@@ -8,7 +8,7 @@ not depend on its neighbours. Source: docs/model.md; schedulers are diffusers'.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -44,6 +44,14 @@ class ImageRequest:
     features: list[Tensor]
     visible: Tensor
     generators: list[torch.Generator]
+
+    def split(self, count: int) -> Iterator[ImageRequest]:
+        """The same in parts of ``count`` pictures, the last one filled up from the front."""
+        total = len(self.tokens)
+        for start in range(0, total, count):
+            rows = [row % total for row in range(start, start + count)]
+            features = [maps[rows] for maps in self.features]
+            yield ImageRequest(self.tokens[rows], features, self.visible[rows], [self.generators[row] for row in rows])
 
 
 @dataclass(frozen=True)

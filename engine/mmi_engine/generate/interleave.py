@@ -40,9 +40,9 @@ from mmi_engine.generate.score import option_scores
 from mmi_engine.generate.settings import Settings
 from mmi_engine.generate.text import generate_text
 from mmi_engine.model.interleaved import MMInterleaved
+from mmi_engine.model.rows import drawn_together, invariant_rows
 from mmi_engine.model.vision import VisualOutput
 from mmi_engine.pieces import Piece
-from mmi_engine.probe import together
 from mmi_engine.sequence import context_columns, pad_rows, tokenize
 
 Shape = tuple[str, int, int, int]
@@ -345,7 +345,9 @@ class Maker:
 
     def _denoise(self, request: ImageRequest) -> Tensor:
         """Latents ``[N, C, h, w]``."""
-        return denoise(self.model, request, self.plan, reuse=self.reuse)
+        count = drawn_together(len(request.tokens), self.model.device)
+        parts = [denoise(self.model, part, self.plan, reuse=self.reuse) for part in request.split(count)]
+        return torch.cat(parts)[: len(request.tokens)]
 
     def _decode(self, latents: Tensor) -> Tensor:
         """Pictures ``[N, 3, H, W]`` in [0, 1]."""
@@ -387,15 +389,3 @@ class Maker:
             for level in levels
         ]
         return maps, torch.ones(len(rows), count, dtype=torch.long, device=device)
-
-
-def invariant_rows(batch_size: int, device: torch.device) -> int:
-    """Rows that are computed together so that an item's bytes do not depend on its place among them.
-
-    On a CPU torch deals the rows of a matrix product out to its threads; where a thread's share ends inside an item,
-    that item takes another path through the library and its last bits change. So the rows are a multiple of the threads
-    (at most ``batch_size``), or one where there are fewer rows than threads.
-    """
-    if device.type != "cpu":
-        return batch_size
-    return together(batch_size, torch.get_num_threads())
