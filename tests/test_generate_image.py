@@ -11,7 +11,7 @@ from mmi_engine.generate.image import Denoising, ImageRequest, denoise, to_image
 from mmi_engine.generate.settings import Settings
 from mmi_engine.model.config import GenerationDefaults
 from mmi_engine.model.interleaved import MMInterleaved
-from mmi_engine.model.rows import DRAWN_TOGETHER, drawn_together, invariant_rows, paired
+from mmi_engine.model.rows import DRAWN_TOGETHER, drawn_together, invariant_rows, steady
 from tests.tiny import tiny_model
 
 
@@ -122,11 +122,14 @@ def test_parts_draw_what_the_whole_draws(model: MMInterleaved) -> None:
     torch.testing.assert_close(torch.cat(parts)[:6], whole, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("stride", [1, 2])
 @torch.no_grad()
-def test_a_small_picture_alone_has_the_bits_it_has_in_a_batch() -> None:
-    layer = torch.nn.Conv2d(32, 96, 3, padding=1)
-    rows = torch.randn(6, 32, 16, 16, generator=torch.Generator().manual_seed(1))
-    assert torch.equal(paired(layer, rows[:1]), paired(layer, rows[:2])[:1])
+def test_a_small_picture_alone_has_the_bits_it_has_in_a_batch(stride: int) -> None:
+    layer = torch.nn.Sequential(torch.nn.Conv2d(32, 96, 3, padding=1, stride=stride))
+    names, rows = list(layer.state_dict()), torch.randn(6, 32, 16, 16, generator=torch.Generator().manual_seed(1))
+    expected = layer(rows)
+    assert list(steady(layer).state_dict()) == names
+    assert torch.equal(layer(rows[:1]), expected[:1]) and torch.equal(layer(rows), expected)
 
 
 @torch.no_grad()

@@ -23,12 +23,9 @@ def encode(model: MMInterleaved, pictures: Sequence[Image.Image], rows: int, *, 
     Args:
         model: whose visual tokenizer reads them.
         pictures: RGB, of the model's size.
-        rows: of a batch; on a CPU at least two, since torch takes another algorithm for a single small picture, whose
-            last bits differ from those in any batch.
+        rows: of a batch.
         values: also project the values of the language model's MMFS layers.
     """
-    if model.device.type == "cpu":
-        rows = max(2, rows)
     made: list[Encoded] = []
     for start in range(0, len(pictures), rows):
         part = [picture_tensor(picture) for picture in pictures[start : start + rows]]

@@ -21,7 +21,6 @@ from mmi_engine.generate.reuse import Reuse, unet_anew
 from mmi_engine.generate.settings import Settings
 from mmi_engine.model.config import GenerationDefaults
 from mmi_engine.model.interleaved import MMInterleaved
-from mmi_engine.model.rows import paired
 from mmi_engine.model.unet import text_once
 
 _SCHEDULERS: dict[str, Any] = {
@@ -133,4 +132,4 @@ def make_scheduler(model: MMInterleaved, name: str) -> Any:
 
 def to_images(model: MMInterleaved, latents: Tensor) -> Tensor:
     """Pictures ``[N, 3, H, W]`` in [0, 1]."""
-    return paired(model.codec.decode, latents.to(next(model.codec.parameters()).dtype)).float()
+    return model.codec.decode(latents.to(next(model.codec.parameters()).dtype)).float()

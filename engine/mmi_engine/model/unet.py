@@ -23,7 +23,6 @@ from mmi_engine.model.config import MMFSConfig
 from mmi_engine.model.kept import Kept, joined
 from mmi_engine.model.mmfs import MMFS, Shapes
 from mmi_engine.model.positions import resize_grid, sincos_2d
-from mmi_engine.model.rows import paired
 
 
 class MMFSBlock(nn.Module):
@@ -176,7 +175,7 @@ class MMFSUNet(nn.Module):
             emb = unet.time_embedding(unet.get_time_embed(sample=latents, timestep=timesteps)).repeat(copies, 1)
         else:  # one step for all rows: one row, whatever their number, and the blocks broadcast it
             emb = unet.time_embedding(unet.get_time_embed(sample=latents[:1], timestep=timesteps))
-        first = paired(unet.conv_in, latents)
+        first = unet.conv_in(latents)
         sample = _copies(first, copies)
         skips = (sample,)
         for block in unet.down_blocks:
