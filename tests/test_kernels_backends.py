@@ -7,15 +7,31 @@ import re
 import subprocess
 import sys
 import threading
+import time
+import weakref
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.autograd import forward_ad
 
 import mmi_kernels
-from mmi_kernels import KernelUnavailable, backends, cuda_build, deform_sample, numba_loops, op, resolve
+from mmi_kernels import (
+    KernelUnavailable,
+    backends,
+    cuda_build,
+    deform_sample,
+    numba_cpu,
+    numba_loops,
+    numba_simd,
+    op,
+    resolve,
+)
 
 
 def inputs(rows: int = 2, dtype: torch.dtype = torch.float32) -> tuple[Tensor, list[tuple[int, int]], Tensor, Tensor]:
@@ -124,6 +140,121 @@ def test_loops_compile_where_no_cache_can_be_written(monkeypatch: pytest.MonkeyP
     assert twice(21) == 42
 
 
+def test_an_edited_source_is_compiled_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Code is loaded from disk only while the file with the vector operations is as it was."""
+    import numba
+
+    def hits() -> int:
+        twice = numba_loops._compile(lambda x: 2 * x)
+        assert twice(21) == 42
+        return sum(twice.stats.cache_hits.values())
+
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
+    edited = tmp_path / "numba_simd.py"
+    edited.write_bytes(Path(numba_simd.__file__).read_bytes() + b"# edited\n")
+    assert [hits(), hits()] == [0, 1]
+    monkeypatch.setattr(numba_simd, "__file__", str(edited))
+    assert [hits(), hits()] == [0, 1]
+
+
+def as_with_two_threads(monkeypatch: pytest.MonkeyPatch, loop: str, in_worker: Callable[[], None]) -> None:
+    """Calls use one worker, which does `in_worker`; an interrupt (Ctrl-C) meets the calling thread meanwhile."""
+    started = threading.Event()
+
+    def stand_in(*_: object) -> None:
+        if threading.current_thread().name.startswith("mmi_kernels"):
+            started.set()
+            in_worker()
+        else:
+            started.wait(10)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(numba_cpu, "_MIN_WORK_PER_THREAD", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(numba_loops, loop, stand_in)
+
+
+@pytest.mark.parametrize("loop", ["sample_lanes", "sample_lanes_backward"])
+def test_an_interrupted_call_waits_for_its_workers(loop: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[bool] = []
+    value, *rest = inputs()
+    out = deform_sample(value.requires_grad_(), *rest, backend="numba").sum()
+    as_with_two_threads(monkeypatch, loop, lambda: (time.sleep(0.1), done.append(True)))
+    with pytest.raises(KeyboardInterrupt):
+        out.backward() if "backward" in loop else deform_sample(value, *rest, backend="numba")
+    assert done == [True]
+
+
+def test_workers_hold_the_tensors_they_write(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even when the wait for them is interrupted too."""
+    left, done, seen, kept = threading.Event(), threading.Event(), [], []
+
+    def tracked(tensor: Tensor) -> Tensor:
+        copy = tensor.clone()
+        kept.append(weakref.ref(copy))
+        return copy
+
+    def look() -> None:
+        left.wait(10)
+        seen.extend(reference() is not None for reference in kept)
+        done.set()
+
+    def impatient(_: object) -> None:
+        raise KeyboardInterrupt
+
+    as_with_two_threads(monkeypatch, "sample_lanes", look)
+    monkeypatch.setattr(numba_cpu, "_plain", tracked)
+    monkeypatch.setattr(numba_cpu, "wait", impatient)
+    with suppress(KeyboardInterrupt):
+        deform_sample(*inputs(), backend="numba")
+    left.set()
+    assert done.wait(10) and seen == [True] * 3
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor:UserWarning")  # said where 0 is given
+def test_tensors_without_memory_are_refused() -> None:
+    with FakeTensorMode():
+        for backend in ("auto", "numba"):
+            with pytest.raises(KernelUnavailable, match="not fake ones; use 'torch'"):
+                deform_sample(*inputs(), backend=backend)
+        assert deform_sample(*inputs(), backend="torch").shape == (2, 7, 32)
+
+
+class Sampling(torch.nn.Module):
+    """`deform_sample` of the 3 × 5 and 2 × 2 maps, to be exported."""
+
+    def forward(self, value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
+        return deform_sample(value, [(3, 5), (2, 2)], locations, weights)
+
+
+def test_an_export_is_refused() -> None:
+    """By torch, at the first address that is asked for."""
+    value, _, locations, weights = inputs()
+    with pytest.raises(RuntimeError, match="Cannot access data pointer"):
+        torch.export.export(Sampling(), (value, locations, weights), strict=False)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # torch's own
+@pytest.mark.parametrize("place", [0, 2, 3])
+@pytest.mark.parametrize("leaf", [False, True])
+def test_forward_mode_derivatives_are_refused(place: int, leaf: bool) -> None:
+    """By name; a tangent is never dropped."""
+    with forward_ad.dual_level():
+        arguments: list = list(inputs())
+        assert torch.equal(deform_sample(*arguments), deform_sample(*inputs()))  # none here
+        tensor = arguments[place].requires_grad_(leaf)
+        arguments[place] = forward_ad.make_dual(tensor, torch.ones_like(tensor))
+        with pytest.raises((NotImplementedError, RuntimeError), match="jvp"):
+            deform_sample(*arguments, backend="numba")
+
+
+def test_forward_mode_through_backward_is_refused() -> None:
+    value, *rest = inputs()
+    out = deform_sample(value.requires_grad_(), *rest, backend="numba")
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="use 'torch'"):
+        torch.autograd.grad(out, value, forward_ad.make_dual(torch.ones_like(out), torch.ones_like(out)))
+
+
 def test_concurrent_calls_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mmi_kernels.numba_cpu._MIN_WORK_PER_THREAD", 1)
     expected, results = deform_sample(*inputs(), backend="numba"), []
@@ -141,8 +272,6 @@ def test_concurrent_calls_agree(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_forked_process_starts_its_own_workers() -> None:
-    from mmi_kernels import numba_cpu
-
     numba_cpu._workers(1).submit(int).result()  # the pool runs before the fork
     before = numba_cpu._pool
     numba_cpu._forget_workers()  # what a fork does in the child

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from mmi_engine import kernel_bench
 from mmi_kernels import bench, deform_sample
 from mmi_kernels.bench import CASES, Case
 
@@ -43,6 +44,25 @@ def test_ratios_are_taken_within_a_repetition_and_turns_reversed() -> None:
     assert order[2:8] == ["slow", "fast", "fast", "slow", "slow", "fast"]  # after one call of each that is not timed
     assert [slow / fast for slow, fast in zip(times["slow"], times["fast"], strict=True)] == [4.0] * 5
     assert times["fast"] == [1.0, 10.0, 1.0, 1.0, 1.0]
+
+
+def test_a_ratio_above_one_says_faster_than_torch() -> None:
+    now, cost = [0.0], {"torch": 8.0, "numba": 2.0}
+
+    def call(name: str) -> None:
+        now[0] += cost[name]
+
+    figures = bench.timed(call, ["torch", "numba"], 0.0, lambda: now[0])
+    assert {name: figure["speedup"] for name, figure in figures.items()} == {"torch": 1.0, "numba": 4.0}
+    where = {"level": "op", "case": "made up", "dtype": "float32", "step": "forward"}
+    rows = [{**where, "name": name, **figure} for name, figure in figures.items()]
+    (_, times, ratios), *_ = kernel_bench.compared(rows)
+    assert times == {"torch": 8e3, "numba": 2e3} and ratios == {"torch": 4.0, "numba": 1.0}
+    rows[1]["speedup"] = 5.0  # of the turns, which is not that of the medians
+    assert kernel_bench.compared(rows)[0][2]["torch"] == 5.0
+    assert kernel_bench.table(rows)[1][-1] == "8000.000 (5.00×)"
+    del rows[1]["speedup"]  # a device's figures: no turns
+    assert kernel_bench.compared(rows)[0][2] == {"torch": 4.0, "numba": 1.0}
 
 
 @pytest.mark.parametrize("broken", ["output", "value gradient", "locations gradient", "weights gradient"])

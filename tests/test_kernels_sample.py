@@ -160,6 +160,20 @@ def test_non_contiguous_inputs(backend: str) -> None:
         assert torch.equal(actual, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_negated_views(dtype: torch.dtype) -> None:
+    """Tensors whose memory holds the opposite sign, in all three inputs and in the gradient that comes back."""
+    value, shapes, locations, weights = draw("two levels", dtype=dtype)
+    pull = torch.randn(2, 5, 24).to(dtype)
+    plain = with_gradients("numba", (value, shapes, locations, weights), pull)
+    leaves = [torch._neg_view(-tensor).requires_grad_() for tensor in (value, locations, weights)]
+    out = deform_sample(leaves[0], shapes, leaves[1], leaves[2], backend="numba")
+    found = torch.autograd.grad(out, leaves, torch._neg_view(-pull))
+    assert all(leaf.is_neg() for leaf in leaves)
+    for actual, expected in zip([out, *found], plain, strict=True):
+        assert torch.equal(actual, expected)
+
+
 @pytest.mark.parametrize("backend", ["torch", "numba"])
 @pytest.mark.parametrize("cut", [lambda t: t[:, :0], lambda t: t[:0]], ids=["no query", "no row"])
 def test_empty(cut: Callable[[Tensor], Tensor], backend: str) -> None:

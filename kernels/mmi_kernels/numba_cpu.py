@@ -18,16 +18,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from mmi_kernels import numba_loops
+from mmi_kernels.errors import KernelUnavailable
 
 # Below this many multiply-adds a call stays in its thread: waking a worker costs about as much.
 _MIN_WORK_PER_THREAD = 2_000_000
@@ -42,26 +44,34 @@ def deform_sample_numba(
     """`op.deform_sample` for CPU tensors in float32 or 16-bit types; same arguments, same result.
 
     Returns: [N, Q, H·D] in value's dtype.
+
+    Raises:
+        KernelUnavailable: the tensors have no memory (fake tensors).
+        NotImplementedError: forward-mode derivatives are asked for.
     """
-    if torch.compiler.is_compiling():  # a traced graph has no addresses
-        return _untraced(value, spatial_shapes, locations, weights)
     dtype = value.dtype
     value, locations, weights = _plain(value), _plain(locations), _plain(weights)
-    if torch.is_grad_enabled() and (value.requires_grad or locations.requires_grad or weights.requires_grad):
+    wanted = torch.is_grad_enabled() and (value.requires_grad or locations.requires_grad or weights.requires_grad)
+    if wanted or forward_ad._current_level >= 0:  # autograd refuses tangents, an address would lose them
         out: Tensor = _DeformSample.apply(value, spatial_shapes, locations, weights)
     else:
         out = _forward(value, spatial_shapes, locations, weights)
     return out if dtype == torch.float32 else out.to(dtype)
 
 
-@torch.compiler.disable
-def _untraced(*arguments: Any) -> Tensor:
-    return deform_sample_numba(*arguments)
+deform_sample_untraced = torch.compiler.disable(deform_sample_numba)
+"""`deform_sample_numba` for a function that is being traced: a graph has no addresses, so it breaks here."""
 
 
 def _plain(tensor: Tensor) -> Tensor:
-    """The tensor in contiguous float32."""
-    return tensor if tensor.dtype == torch.float32 and tensor.is_contiguous() else tensor.float().contiguous()
+    """The tensor in contiguous float32 with its signs in memory."""
+    if tensor.dtype == torch.float32 and tensor.is_contiguous() and not tensor.is_neg():
+        return tensor
+    return tensor.float().contiguous().resolve_neg()
+
+
+def _no_memory() -> KernelUnavailable:
+    return KernelUnavailable("backend 'numba' serves tensors that have memory, not fake ones", remedy="use 'torch'")
 
 
 class _DeformSample(torch.autograd.Function):
@@ -78,20 +88,25 @@ class _DeformSample(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, None, Tensor | None, Tensor | None]:
+        if forward_ad.unpack_dual(grad_out).tangent is not None:
+            raise NotImplementedError("backend 'numba' has no forward-mode derivatives (jvp); use 'torch'")
         value, locations, weights = ctx.saved_tensors
         plan = _plan(ctx.spatial_shapes, value.shape, weights.shape)
         grad_value = None
         if ctx.needs_input_grad[0]:  # packed maps are written whole
             grad_value = torch.empty_like(value) if plan.pack else torch.zeros_like(value)
         grad_locations, grad_weights = torch.empty_like(locations), torch.empty_like(weights)
-        grad_out = grad_out.contiguous()
+        grad_out = _plain(grad_out)
         maps = value.data_ptr(), 0 if grad_value is None else grad_value.data_ptr()
         outer = grad_out.data_ptr(), grad_locations.data_ptr(), grad_weights.data_ptr()
         tensors = (locations.data_ptr(), weights.data_ptr(), plan.slots_at, *outer)
+        if 0 in tensors and grad_out.numel():
+            raise _no_memory()
         _in_parallel(
             lambda a, b: numba_loops.sample_lanes_backward(*maps, tensors, plan.sizes, plan.group, plan.pack, a, b),
             plan.lanes,
             3 * plan.work,
+            (value, grad_value, locations, weights, plan, grad_out, grad_locations, grad_weights),
         )
         return grad_value, None, grad_locations, grad_weights
 
@@ -103,12 +118,16 @@ def _forward(value: Tensor, spatial_shapes: tuple[tuple[int, int], ...], locatio
     out = value.new_empty(weights.shape[0], queries, plan.sizes[2] * plan.sizes[3])
     tensors = (locations.data_ptr(), weights.data_ptr(), plan.slots_at, out.data_ptr())
     call = (value.data_ptr(), tensors, plan.sizes, plan.group, plan.pack)
+    if 0 in tensors and out.numel():
+        raise _no_memory()
     if plan.work < 2 * _MIN_WORK_PER_THREAD:
         numba_loops.sample_lanes(*call, 0, plan.lanes, 0, queries)
-    elif plan.pack or plan.lanes >= torch.get_num_threads():
-        _in_parallel(lambda a, b: numba_loops.sample_lanes(*call, a, b, 0, queries), plan.lanes, plan.work)
+        return out
+    owners = (value, locations, weights, plan, out)
+    if plan.pack or plan.lanes >= torch.get_num_threads():
+        _in_parallel(lambda a, b: numba_loops.sample_lanes(*call, a, b, 0, queries), plan.lanes, plan.work, owners)
     else:  # few lanes, so cut along the queries instead
-        _in_parallel(lambda a, b: numba_loops.sample_lanes(*call, 0, plan.lanes, a, b), queries, plan.work)
+        _in_parallel(lambda a, b: numba_loops.sample_lanes(*call, 0, plan.lanes, a, b), queries, plan.work, owners)
     return out
 
 
@@ -151,16 +170,28 @@ def _plan(spatial_shapes: tuple[tuple[int, int], ...], value: torch.Size, weight
     return _Plan((positions, queries, heads, dim, samples), rows * heads, group, pack, slots, slots.ctypes.data, work)
 
 
-def _in_parallel(call: Callable[[int, int], None], size: int, work: int) -> None:
-    """call(a, b) over disjoint ranges that cover [0, size), one range in this thread and one per worker."""
+def _in_parallel(call: Callable[[int, int], None], size: int, work: int, owners: tuple[Any, ...]) -> None:
+    """call(a, b) over disjoint ranges that cover [0, size), one range in this thread and one per worker.
+
+    owners: whose memory `call` names by address. Every worker holds them until it is done, and this thread waits for
+    the workers whatever happens: an error or an interrupt must not free what is still being written.
+    """
     threads = max(1, min(torch.get_num_threads(), size, work // _MIN_WORK_PER_THREAD))
     bounds = [size * i // threads for i in range(threads + 1)]
     if threads == 1:
         call(0, size)
         return
-    pool = _workers(threads - 1)
-    pending = [pool.submit(call, bounds[i], bounds[i + 1]) for i in range(1, threads)]
-    call(bounds[0], bounds[1])
+
+    def part(a: int, b: int, _owners: tuple[Any, ...] = owners) -> None:
+        call(a, b)
+
+    pool, pending = _workers(threads - 1), list[Future[None]]()
+    try:
+        for i in range(1, threads):
+            pending.append(pool.submit(part, bounds[i], bounds[i + 1]))
+        call(bounds[0], bounds[1])
+    finally:
+        wait(pending)
     for future in pending:
         future.result()
 

@@ -27,6 +27,8 @@ Source: bilinear sampling and its derivatives as in `grid_sample(align_corners=F
 
 from __future__ import annotations
 
+import hashlib
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,6 +36,7 @@ from llvmlite import ir
 from numba import carray, njit, types
 from numba.extending import intrinsic
 
+from mmi_kernels import numba_simd
 from mmi_kernels.numba_simd import add4, load4, load_float, load_int, operations, prefetch, store4
 
 CHUNK = 64
@@ -52,10 +55,15 @@ _OPTIONS = {"nogil": True, "fastmath": {"reassoc", "contract", "nsz"}, "error_mo
 
 
 def _compile(function: Any) -> Any:
-    """njit without the GIL, cached on disk: beside this file, else in the user's cache, else not at all."""
+    """njit without the GIL, cached on disk: beside this file, else in the user's cache, else not at all.
+
+    numba notices when the function's own file changes; the name it files the code under tells of `numba_simd.py`.
+    """
     try:
+        other = hashlib.sha256(Path(numba_simd.__file__).read_bytes()).hexdigest()
+        function.__qualname__ += f"_{other[:16]}"
         return njit(cache=True, **_OPTIONS)(function)
-    except RuntimeError:  # no writable place for a cache (read-only install without a home)
+    except (OSError, RuntimeError):  # no source, or no writable place (read-only install without a home)
         return njit(**_OPTIONS)(function)
 
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
 from typing import NamedTuple
 
@@ -204,10 +204,20 @@ def deform_sample(
         in_cells = [(width, height) for height, width in shapes]
         return cuda_op.sample(value, shapes, locations.flatten(2), weights.flatten(2), in_cells, cuda_build.SAMPLE)
     if served_by == "numba":
-        from mmi_kernels.numba_cpu import deform_sample_numba
+        if torch.compiler.is_compiling():
+            from mmi_kernels.numba_cpu import deform_sample_untraced
 
-        return deform_sample_numba(value, shapes, locations, weights)
+            return deform_sample_untraced(value, shapes, locations, weights)
+        return _numba_sample()(value, shapes, locations, weights)
     return deform_sample_reference(value, shapes, locations, weights)
+
+
+@cache
+def _numba_sample() -> Callable[..., Tensor]:
+    # An import statement in a function costs a tenth of a short call, each time.
+    from mmi_kernels.numba_cpu import deform_sample_numba
+
+    return deform_sample_numba
 
 
 def _checked_shapes(
