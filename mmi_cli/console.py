@@ -148,6 +148,7 @@ class Console:
             logger = logging.getLogger(name)
             logger.setLevel(level)
             logger.handlers = [_ConsoleHandler(self)]
+        logging.getLogger("bitsandbytes").setLevel(max(level, logging.ERROR))  # it tells of parts that nobody asked for
 
 
 class _ConsoleHandler(logging.Handler):
