@@ -90,10 +90,12 @@ from mmi_engine.model.checkpoint import load_model, skeleton
 from mmi_engine.model.config import ModelConfig
 from mmi_engine.sequence import Piece
 from mmi_engine.weights.estimate import need
+from mmi_kernels import deform_sample
 torch.set_num_threads(1)
 folder, images = Path(sys.argv[1]), int(sys.argv[2])
 config = ModelConfig.load(folder)
-skeleton(config)  # what the program needs anyway
+skeleton(config)  # what the program needs anyway, and the compiler of the CPU kernel, where there is one
+deform_sample(torch.zeros(1, 4, 1, 8), [(2, 2)], torch.zeros(1, 1, 1, 1, 1, 2), torch.ones(1, 1, 1, 1, 1))
 def status(name):
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(name))
 before = status("VmRSS")

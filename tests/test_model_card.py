@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from tiny import tiny_model
 from torch import Tensor
 
 from mmi_cli.main import main
-from mmi_engine.errors import ConfigError
+from mmi_engine.errors import ConfigError, ModelError
 from mmi_engine.metrics.encoder import EncoderFeatures
 from mmi_engine.model.checkpoint import load_model, save_model
 from mmi_engine.model_info import describe, fingerprint
@@ -99,6 +100,33 @@ def test_a_save_that_fails_keeps_the_old_files(tmp_path, model, monkeypatch) -> 
     assert fingerprint(tmp_path) == before and not list(tmp_path.glob("*.partial"))
 
 
+def test_a_kill_between_two_files_leaves_no_model_of_two_saves(tmp_path, model, monkeypatch) -> None:
+    class Killed(BaseException):
+        pass
+
+    save_model(model, tmp_path, shard_bytes=100_000)
+    other, replace, done = tiny_model(seed=1), os.replace, []
+
+    def killed(source: Path, target: Path) -> None:
+        done.append(target)
+        if len(done) == 2:
+            raise Killed
+        replace(source, target)
+
+    monkeypatch.setattr(store.os, "replace", killed)
+    with pytest.raises(Killed):
+        save_model(other, tmp_path, shard_bytes=100_000)
+    monkeypatch.undo()
+    assert len(list(tmp_path.glob("*.partial"))) > 1
+    for read in (load_model, lambda path: describe(str(path)), lambda path: EncoderFeatures(str(path))):
+        with pytest.raises(ModelError, match=f"has no {store.INDEX}.*--resume"):
+            read(tmp_path)
+    save_model(other, tmp_path, shard_bytes=150_000)
+    state = load_model(tmp_path).state_dict()
+    assert all(torch.equal(state[name], value) for name, value in other.state_dict().items())
+    assert not list(tmp_path.glob("*.partial"))
+
+
 def test_the_card_says_what_the_files_say(tmp_path, model, capsys) -> None:
     directory = save_model(model, tmp_path / "my-model")
     run = tmp_path / "run"
@@ -148,7 +176,7 @@ def test_a_card_changed_by_hand_is_left_alone(tmp_path, model, capsys) -> None:
     for text in (own, "# Notes\n", ""):
         card.write_text(text)
         assert main(command) == 1 and card.read_text() == text
-    assert "changed by hand" in capsys.readouterr().err
+    assert "changed by hand, or by another version of mmi" in capsys.readouterr().err
     card.write_bytes(b"\xff")
     assert main(command) == 1 and card.read_bytes() == b"\xff"
     assert main([*command, "--overwrite"]) == 0 and main(command) == 0 and "# tiny" in card.read_text()

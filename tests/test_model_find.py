@@ -21,7 +21,7 @@ from mmi_engine.model.checkpoint import load_model, save_model
 from mmi_engine.model_info import describe, family, fingerprint, locate
 from mmi_engine.toon.tokenizer import PATH as TOKENIZER
 from mmi_engine.weights import find, store
-from mmi_engine.weights.requests import base_folder
+from mmi_engine.weights.parts import BASE, locate_part
 
 COMMIT = "0" * 39 + "1"
 
@@ -173,20 +173,68 @@ def test_missing_weights_are_never_replaced(ours, tmp_path) -> None:
     with pytest.raises(ModelError, match="holds no"):
         load_model(broken)
     sharded = save_model(tiny_model(), tmp_path / "sharded", shard_bytes=40_000)
-    sorted(sharded.glob("model-*.safetensors"))[0].unlink()
-    with pytest.raises(ModelError, match="tensors missing"):
+    files = sorted(sharded.glob("model-*.safetensors"))
+    files[0].unlink()
+    with pytest.raises(ModelError, match=f"lacks 1 of {len(files)} weight files, first {files[0].name}"):
+        load_model(sharded)
+    (sharded / store.INDEX).unlink()
+    with pytest.raises(ModelError, match=f"has no {store.INDEX}"):
         load_model(sharded)
 
 
 def test_base_models_come_from_the_cache_without_a_network(hub, tmp_path) -> None:
-    for name in ("sd/unet/diffusion_pytorch_model.safetensors", "llama/model.safetensors"):
-        (tmp_path / name).parent.mkdir(parents=True)
-        (tmp_path / name).write_bytes((2).to_bytes(8, "little") + b"{}")
+    names = ("sd/unet/diffusion_pytorch_model", "sd/vae/diffusion_pytorch_model", "llama/model")
+    for name in names:
+        file = tmp_path / f"{name}.safetensors"
+        file.parent.mkdir(parents=True)
+        file.write_bytes((2).to_bytes(8, "little") + b"{}")
     for name in ("sd", "llama"):
-        snapshot = hub(f"lab/{name}", tmp_path / name)
-        assert base_folder(f"lab/{name}").samefile(snapshot) and base_folder(str(tmp_path / name)) == tmp_path / name
+        snapshot, folder = hub(f"lab/{name}", tmp_path / name), tmp_path / name
+        assert locate_part(f"lab/{name}", BASE).samefile(snapshot) and locate_part(str(folder), BASE) == folder
     with pytest.raises(ModelError, match='base model "lab/none" is no directory'):
-        base_folder("lab/none")
+        locate_part("lab/none", BASE)
+
+
+INTERRUPTED = "unet/config.json"
+SMALL = [INTERRUPTED, "model_index.json", "text_encoder/config.json", "vae/config.json"]
+UNUSED = ["safety_checker/model", "unet/diffusion_pytorch_model.fp16", "unet/diffusion_pytorch_model.non_ema", "v2"]
+
+
+@pytest.mark.parametrize(("kept", "other"), [("safetensors", "bin"), ("bin", "ckpt")])
+def test_an_interrupted_download_of_a_base_is_completed_by_what_is_read(hub, tmp_path, monkeypatch, kept, other):
+    source, text = tmp_path / "repository", "model" if kept == "safetensors" else "pytorch_model"
+    wanted = [f"{part}/diffusion_pytorch_model.{kept}" for part in ("unet", "vae")] + [f"text_encoder/{text}.{kept}"]
+    unused = [f"{name}.{kept}" for name in UNUSED] + [f"unet/diffusion_pytorch_model.{other}"]
+    for name in (*SMALL, *wanted, *unused):
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_text("{}")
+    (source / "model_index.json").write_text('{"text_encoder": ["transformers", "CLIPTextModel"]}')
+    (source / "text_encoder/config.json").write_text('{"model_type": "clip_text_model"}')
+    (tmp_path / "first/unet").mkdir(parents=True)
+    shutil.copyfile(source / INTERRUPTED, tmp_path / "first" / INTERRUPTED)
+    snapshot = hub("lab/sd", tmp_path / "first")
+    cached, calls = huggingface_hub.snapshot_download, []
+
+    def network(name: str, *, allow_patterns: list[str], local_files_only: bool = False):
+        if local_files_only:
+            return cached(name, allow_patterns=allow_patterns, local_files_only=True)
+        calls.append(allow_patterns)
+        files = [str(path.relative_to(source)) for path in source.rglob("*") if path.is_file()]
+        for file in huggingface_hub.utils.filter_repo_objects(files, allow_patterns=allow_patterns):
+            (snapshot / file).parent.mkdir(exist_ok=True)
+            shutil.copyfile(source / file, snapshot / file)
+        return str(snapshot)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", network)
+    assert locate_part("lab/sd", BASE).samefile(snapshot) and calls
+    assert sorted(str(p.relative_to(snapshot)) for p in snapshot.rglob("*.*")) == sorted(SMALL + wanted)
+    calls.clear()
+    for what in (BASE, "U-Net", "VAE", "diffusion model"):
+        locate_part("lab/sd", what)
+    assert not calls  # whole now: no second look at the network
+    for what, lost in ((BASE, wanted[1]), ("VAE", wanted[1]), ("U-Net", wanted[0]), ("diffusion model", wanted[2])):
+        (snapshot / lost).unlink()
+        assert (locate_part("lab/sd", what) / lost).is_file()
 
 
 def test_the_command_imports_a_hub_id(hub, released, tmp_path, capsys) -> None:
@@ -263,6 +311,30 @@ def test_a_fingerprint_is_kept_and_a_changed_weight_is_noticed(ours, tmp_path, k
     assert fingerprint(model) == first
     max(kept.iterdir(), key=lambda path: path.stat().st_mtime_ns).write_text("nonsense")
     assert fingerprint(model) == first
+
+
+def test_a_kept_fingerprint_knows_what_the_files_are_called(ours, tmp_path, kept) -> None:
+    blob, seen = tmp_path / "blob", []
+    shutil.copyfile(ours / "model.safetensors", blob)
+    for name in ("a", "b"):  # as the hub's cache links a repository's files, under two names
+        (tmp_path / name).mkdir()
+        (tmp_path / name / f"{name}.safetensors").symlink_to(blob)
+        seen.append(fingerprint(tmp_path / name))
+    assert seen[0] != seen[1] and len(list(kept.iterdir())) == 2
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_a_user_without_a_home_has_fingerprints(ours, monkeypatch, large) -> None:
+    def home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    expected = fingerprint(ours)
+    monkeypatch.delenv("MMI_CACHE")
+    monkeypatch.setattr(Path, "home", home)
+    monkeypatch.setattr(model_info, "KEPT_BYTES", 0 if large else 2**60)
+    assert fingerprint(ours) == expected
+    with pytest.raises(ModelError, match="MMI_CACHE"):
+        find.cache_root()
 
 
 def test_a_fingerprint_of_files_just_written_is_not_kept(ours, tmp_path, kept, monkeypatch) -> None:

@@ -27,6 +27,8 @@ from mmi_engine.verify.bundle import Bundle
 from mmi_engine.verify.cases import SHIPPED, verify
 from mmi_engine.weights import importing, store
 from mmi_engine.weights.importing import import_released
+from mmi_engine.weights.released import HEAD_BIAS, Placed, fitted
+from mmi_engine.weights.shards import Entry
 
 GIVEN = Path(os.environ.get("GOLDEN_BUNDLE", "/nowhere"))
 
@@ -296,6 +298,23 @@ def test_a_base_widened_before_brings_its_own_rows_and_another_width_none(tmp_pa
     other = language_base(model, tmp_path / "b", size - 3)
     with pytest.raises(ModelError, match=r"3 missing.*--base \(the language model\)"):
         import_released(source, tmp_path / "no", bases=(other,), new_rows="mean", **arguments)
+
+
+def test_what_is_asked_for_is_what_is_still_missing(tmp_path, model) -> None:
+    state, arguments = released_state(model), {"tokenizer": str(TOKENIZER), "config": model.config}
+    base = language_base(model, tmp_path / "llama")
+    absent = ("mm_decoder.embed_tokens.", "image_decoder.decoder.vae.")
+    source = write_shards({k: v for k, v in state.items() if not k.startswith(absent)}, tmp_path / "a")
+    with pytest.raises(ModelError, match=r"--new-rows mean; fetch the missing shards, or .* --base \(the VAE\)$"):
+        import_released(source, tmp_path / "out", bases=(base,), **arguments)
+    source = write_shards({k: v for k, v in state.items() if not k.startswith("text_decoder.head.")}, tmp_path / "b")
+    with pytest.raises(ModelError, match=r"--base \(the language model\)$"):
+        import_released(source, tmp_path / "out", **arguments)
+
+
+def test_the_bias_of_every_new_token_is_made() -> None:
+    place = Placed(None, "", HEAD_BIAS, Entry((12, 4), torch.float32), (12,), False, made="bias", known=9)
+    assert fitted(place, torch.ones(12, 4)).tolist() == [0.0] * 9 + [-100.0] * 3
 
 
 def _bundle(directory: Path, tmp_path: Path) -> Bundle:

@@ -18,3 +18,9 @@ def test_the_estimate_is_near_the_peak_and_not_below_it() -> None:
     assert found["weights_estimate"] == 4 * found["parameters"]
     assert 0.97 < found["weights"] / found["weights_estimate"] < 1.05, found
     assert 0.85 < found["peak"] / found["peak_estimate"] <= 1, found
+
+
+def test_every_table_of_the_page_ends_before_the_next_paragraph() -> None:
+    lines = (ROOT / "docs/model.md").read_text(encoding="utf-8").splitlines()
+    after = [line for row, line in zip(lines, lines[1:], strict=False) if row.startswith("|")]
+    assert all(line == "" or line.startswith("|") for line in after)

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import tiny_model
 from tiny_parts import COMBINATIONS, make_parts
 from train_rows import manifest, recipe_of
 
 from mmi_cli.main import main
-from mmi_engine.errors import ConfigError
+from mmi_engine.errors import ConfigError, ModelError
 from mmi_engine.model.checkpoint import load_model, save_model
 from mmi_engine.train import foundation
 from mmi_engine.train.loader import stream
@@ -64,6 +64,65 @@ def test_a_base_in_several_files_is_read_and_written_whole(tmp_path, monkeypatch
     written = load_model(tmp_path / "out").state_dict()
     assert written.keys() == own.keys()
     assert all(torch.equal(written[name], value.half().float()) for name, value in own.items())
+
+
+@pytest.mark.parametrize("partial", [False, True])
+def test_a_damaged_base_is_refused_and_never_filled_up(tmp_path, partial) -> None:
+    base = save_model(tiny_model(), tmp_path / "base", shard_bytes=40_000)
+    setting = ["model.partial=true"] * partial
+    recipe = recipe_of(tmp_path, base, tmp_path / "rows.jsonl", *setting).recipe
+    foundation.load(recipe)
+    (path, *others) = sorted(base.glob("model-*.safetensors"))
+    content = path.read_bytes()
+    path.unlink()
+    with pytest.raises(ModelError, match=rf"lacks 1 of {len(others) + 1} weight files, first {path.name}; restore"):
+        foundation.load(recipe)
+    path.write_bytes(content[:-1])
+    with pytest.raises(ModelError, match=rf"{path.name} cannot be read.*restore"):
+        foundation.load(recipe)
+    path.write_bytes(content)
+    save_file({"boi_embedding": torch.zeros_like(tiny_model().boi_embedding)}, base / "model.safetensors")
+    with pytest.raises(ModelError, match=r"boi_embedding stands in model-\d+-of-\d+\.safetensors too; restore"):
+        foundation.load(recipe)
+
+
+def test_what_helps_when_weights_do_not_fit_depends_on_the_recipe(tmp_path) -> None:
+    base = save_model(tiny_model(), tmp_path / "base")
+    tensors = load_file(base / "model.safetensors")
+    rows = tmp_path / "rows.jsonl"
+    changed = recipe_of(tmp_path, base, rows, 'model.name="x"').recipe
+    del tensors["boi_embedding"]
+    save_file(tensors, base / "model.safetensors")
+    with pytest.raises(ModelError, match=r"1 tensors do not fit.*first boi_embedding; remove the changes of \[model\]"):
+        foundation.load(changed)
+    with pytest.raises(ModelError, match="first boi_embedding; config.json and the weights do not belong together"):
+        foundation.load(recipe_of(tmp_path, base, rows).recipe)
+    assert foundation.load(recipe_of(tmp_path, base, rows, "model.partial=true").recipe).fresh == ["boi_embedding"]
+
+
+def test_an_export_that_was_killed_half_way_is_refused_until_it_is_written_again(tmp_path, monkeypatch) -> None:
+    base = save_model(tiny_model(), tmp_path / "base")
+    found, out = foundation.load(recipe_of(tmp_path, base, tmp_path / "rows.jsonl", image=1.0).recipe), tmp_path / "out"
+    monkeypatch.setattr(store.split, "__defaults__", (50_000,))
+    state = found.model.state_dict()
+    foundation.export(found, state, out, torch.float32)
+    appear, done = store._appear, []
+
+    def killed(partial: Path) -> Path:
+        if done:
+            raise KeyboardInterrupt
+        done.append(partial)
+        return appear(partial)
+
+    moved = {name: value + 1 if value.is_floating_point() else value for name, value in state.items()}
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(store, "_appear", killed)
+        foundation.export(found, moved, out, torch.float32)
+    with pytest.raises(ModelError, match="--resume"):
+        load_model(out)
+    foundation.export(found, moved, out, torch.float32)
+    written = load_model(out).state_dict()
+    assert all(torch.equal(written[name], value) for name, value in moved.items())
 
 
 def test_an_error_in_a_process_that_builds_batches_is_told_as_it_is() -> None:

@@ -114,9 +114,9 @@ def fingerprint(directory: Path) -> str:
     files += weight_files(directory)
     try:
         state = _state(files)
-        kept = cache_root() / "fingerprints" / hashlib.sha256(state.encode()).hexdigest()
         large = sum(path.stat().st_size for path in files) >= KEPT_BYTES
-        if large and (known := _kept(kept)):
+        kept = _place(state) if large else None
+        if kept is not None and (known := _kept(kept)):
             return known
         digest = hashlib.sha256()
         for path in files:
@@ -124,7 +124,7 @@ def fingerprint(directory: Path) -> str:
             with path.open("rb") as stream:
                 for block in iter(lambda: stream.read(2**22), b""):
                     digest.update(block)
-        if large and _settled(files) and _state(files) == state:
+        if kept is not None and _settled(files) and _state(files) == state:
             _keep(kept, digest.hexdigest())
     except OSError as error:
         raise ModelError(f"{error.filename or directory} cannot be read: {error.strerror}") from error
@@ -132,9 +132,16 @@ def fingerprint(directory: Path) -> str:
 
 
 def _state(files: list[Path]) -> str:
-    """What changes whenever one of the files does."""
-    found = [(str(path.resolve()), path.stat()) for path in files]
-    return json.dumps([[p, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino, s.st_dev] for p, s in found])
+    """What changes whenever one of the files does, or is called otherwise (a link keeps its target's times)."""
+    found = [([path.name, str(path.resolve())], path.stat()) for path in files]
+    return json.dumps([[*p, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino, s.st_dev] for p, s in found])
+
+
+def _place(state: str) -> Path | None:
+    """Where the fingerprint of files in this state is kept; ``None`` for a user without a home, whom it costs time."""
+    with contextlib.suppress(ModelError):
+        return cache_root() / "fingerprints" / hashlib.sha256(state.encode()).hexdigest()
+    return None
 
 
 def _settled(files: list[Path]) -> bool:

@@ -11,9 +11,10 @@ is asked for. A model is built without memory for its weights, and every tensor 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 WEIGHTS = "model.safetensors"
 RESTORE = "restore the model directory"
+STRANGERS = "config.json and the weights do not belong together; restore the model directory"
 
 
 def save_model(
@@ -55,9 +57,7 @@ def save_model(
     state = model.state_dict()
     planned = [store.Planned(name, tuple(value.shape), _stored(value, dtype)) for name, value in state.items()]
     files = store.split(planned, shard_bytes)
-    store.write_all(files, directory, lambda tensor: state[tensor.name].detach().to("cpu", tensor.dtype))
-    store.write_index(files, directory)
-    store.clean(files, directory)
+    store.save(files, directory, lambda tensor: state[tensor.name].detach().to("cpu", tensor.dtype))
     store.write_text(directory / "config.json", model.config.to_json())
     source = tokenizer or model.tokenizer
     if source is not None:
@@ -97,7 +97,7 @@ def load_model(
     directory = locate(str(name))
     config = ModelConfig.load(directory)
     model = skeleton(config)
-    files = check_files(directory, {k: v.shape for k, v in model.state_dict().items()})
+    index = check_files(directory, {k: v.shape for k, v in model.state_dict().items()})
     dtype = dtype or torch.float32
     tokenizer = fitting_tokenizer(directory, config)
     spread = placement.auto(model, dtype, str(device)) if device_map == "auto" else device_map
@@ -105,14 +105,14 @@ def load_model(
         quantize.require(spread)
         quantize.replace_linears(model, llm_bits, dtype)
     if spread is None:
-        fill(model, files, lambda _: torch.device(device), dtype, llm_bits)
+        fill(model, index, lambda _: torch.device(device), dtype, llm_bits)
         model.to(device)
     else:
         assert isinstance(spread, placement.Placement)
-        fill(model, files, spread.device_of, dtype)
+        fill(model, index, spread.device_of, dtype)
         move_buffers(model, torch.device(spread.main))
         model.placement = spread
-        placement.attach(model, spread, placement.DiskWeights(index_of(files), dtype))
+        placement.attach(model, spread, placement.DiskWeights(index, dtype))
     model.tokenizer = tokenizer
     return model.channels_last().eval()
 
@@ -123,15 +123,6 @@ def move_buffers(model: nn.Module, device: torch.device) -> None:
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = buffer.to(device)
-
-
-def index_of(files: list[Path]) -> dict[str, Path]:
-    """Tensor name → file."""
-    index = {}
-    for path in files:
-        with safe_open(path, framework="pt") as file:
-            index.update(dict.fromkeys(file.keys(), path))
-    return index
 
 
 def skeleton(config: ModelConfig) -> MMInterleaved:
@@ -159,7 +150,7 @@ def fitting_tokenizer(directory: Path, config: ModelConfig) -> DirectoryTokenize
 
 def fill(
     model: MMInterleaved,
-    files: list[Path],
+    index: dict[str, Path],
     place: Callable[[str], torch.device],
     dtype: torch.dtype,
     llm_bits: int | None = None,
@@ -168,7 +159,7 @@ def fill(
 
     Args:
         model: of :func:`skeleton`.
-        files: checked by :func:`check_files`.
+        index: of :func:`check_files`.
         place: tensor name → device.
         dtype: of floating tensors in memory.
         llm_bits: of the language model's linear maps, which are quantised as they arrive.
@@ -178,21 +169,18 @@ def fill(
     """
     from mmi_engine.weights.quantize import LINEAR, quantised
 
-    for path in files:
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in sorted(file.keys()):
-                    if (device := place(name)).type == "meta":
-                        continue
-                    tensor = file.get_tensor(name)
-                    if llm_bits is not None and name.endswith(".weight") and LINEAR.match(name[: -len(".weight")]):
-                        holder, _, leaf = name.rpartition(".")
-                        model.get_submodule(holder)._parameters[leaf] = quantised(tensor.to(dtype), llm_bits, device)
-                    else:
-                        tensor = tensor.to(device)
-                        assign(model, name, tensor.to(dtype) if tensor.is_floating_point() else tensor)
-        except (SafetensorError, OSError) as error:
-            raise ModelError(f"{path} cannot be read: {error}", remedy=RESTORE) from error
+    for path in sorted(set(index.values())):
+        with opened(path) as file:
+            for name in sorted(file.keys()):
+                if (device := place(name)).type == "meta":
+                    continue
+                tensor = file.get_tensor(name)
+                if llm_bits is not None and name.endswith(".weight") and LINEAR.match(name[: -len(".weight")]):
+                    holder, _, leaf = name.rpartition(".")
+                    model.get_submodule(holder)._parameters[leaf] = quantised(tensor.to(dtype), llm_bits, device)
+                else:
+                    tensor = tensor.to(device)
+                    assign(model, name, tensor.to(dtype) if tensor.is_floating_point() else tensor)
 
 
 def assign(model: nn.Module, name: str, tensor: Tensor) -> None:
@@ -231,28 +219,46 @@ class NoMemory(torch.overrides.TorchFunctionMode):
         return func(*args, **({**kwargs, "device": "meta"} if func is torch.empty else kwargs))
 
 
-def check_files(directory: Path, expected: dict[str, torch.Size]) -> list[Path]:
-    """The weight files of a directory, whose headers together hold exactly the expected names and shapes.
+@contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    """A safetensors file; raises ModelError where it cannot be read."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{path} cannot be read: {error}", remedy=RESTORE) from error
+
+
+def stored_tensors(directory: Path) -> dict[str, tuple[Path, torch.Size]]:
+    """Name → file and shape of every tensor of a model directory that `locate` found whole; from the headers.
 
     Raises:
-        ModelError: a file is damaged; tensors are missing, unexpected, doubled or of another shape.
+        ModelError: a file is damaged, or a tensor stands in two.
     """
-    files, shapes = weight_files(directory), {}
-    for path in files:
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118
-                    if name in shapes:
-                        raise ModelError(f"{path}: {name} stands in another file too", remedy=RESTORE)
-                    shapes[name] = torch.Size(file.get_slice(name).get_shape())
-        except (SafetensorError, OSError) as error:
-            raise ModelError(f"{path} cannot be read: {error}", remedy=RESTORE) from error
+    found: dict[str, tuple[Path, torch.Size]] = {}
+    for path in weight_files(directory):
+        with opened(path) as file:
+            for name in file.keys():  # noqa: SIM118
+                if name in found:
+                    raise ModelError(f"{path}: {name} stands in {found[name][0].name} too", remedy=RESTORE)
+                found[name] = (path, torch.Size(file.get_slice(name).get_shape()))
+    return found
+
+
+def check_files(directory: Path, expected: dict[str, torch.Size]) -> dict[str, Path]:
+    """Tensor name → file of a directory, whose headers together hold exactly the expected names and shapes.
+
+    Raises:
+        ModelError: as :func:`stored_tensors`; tensors are missing, unexpected or of another shape.
+    """
+    stored = stored_tensors(directory)
+    shapes = {name: shape for name, (_, shape) in stored.items()}
     missing, unexpected = sorted(set(expected) - set(shapes)), sorted(set(shapes) - set(expected))
     wrong = sorted(name for name, shape in shapes.items() if expected.get(name, shape) != shape)
     for label, found in (("missing", missing), ("unexpected", unexpected), ("of another shape", wrong)):
         if found:
             raise ModelError(
                 f"{directory}: {len(found)} tensors {label}, first {found[0]}",
-                remedy="config.json and the weights do not belong together; restore the model directory",
+                remedy=STRANGERS,
             )
-    return files
+    return {name: path for name, (path, _) in stored.items()}

@@ -11,22 +11,20 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from mmi_engine.errors import ConfigError, ModelError
-from mmi_engine.model.checkpoint import skeleton
+from mmi_engine.model.checkpoint import STRANGERS, opened, skeleton, stored_tensors
 from mmi_engine.model.config import ModelConfig
 from mmi_engine.model.interleaved import MMInterleaved
 from mmi_engine.model.tokenizer import DirectoryTokenizer
-from mmi_engine.model_info import locate, weight_files
+from mmi_engine.model_info import locate
 from mmi_engine.train.recipe import Recipe
 from mmi_engine.weights import store
 
@@ -44,23 +42,24 @@ class Foundation:
     Attributes:
         model: in training mode.
         directory: of the base.
+        there: name → file and shape of the base's tensors.
         fresh: names of weights that the base does not have in this shape.
         left: prefix of what was not loaded, or "".
     """
 
     model: MMInterleaved
     directory: Path
+    there: dict[str, tuple[Path, torch.Size]]
     fresh: list[str]
     left: str = ""
 
     def stored(self, name: str) -> Tensor:
         """A weight as the base has it, in float32; raises ModelError where the base does not have it."""
-        for path in weight_files(self.directory):
-            with safe_open(path, framework="pt") as file:
-                there = set(file.keys())
-                found = next((called for called in _called(name) if called in there), None)
-                if found is not None:
-                    return file.get_tensor(found).float()
+        for called in _called(name):
+            if called in self.there:
+                with opened(self.there[called][0]) as file:
+                    tensor: Tensor = file.get_tensor(called)
+                return tensor.float()
         raise ModelError(f"{self.directory} has no weight {name}", remedy="name the base of the run")
 
 
@@ -103,16 +102,26 @@ def load(recipe: Recipe) -> Foundation:
     """The model of the recipe with the base's weights, in float32 on the CPU.
 
     Raises:
-        ConfigError, ModelError: see :func:`configuration`; or weights that do not fit without ``partial``.
+        ConfigError, ModelError: see :func:`configuration`; or weights that are damaged, stand in two files, or do not
+            fit without ``partial``.
     """
     config, directory = configuration(recipe)
-    partial = bool(recipe.model.get("partial"))
     left = "" if recipe.loss.image else DECODER
     with torch.device("meta"):
         shapes = {
             k: v.shape for k, v in MMInterleaved(config).state_dict().items() if not left or not k.startswith(left)
         }
-    tensors, fresh = _fitting(directory, shapes, partial)
+    there = stored_tensors(directory)
+    tensors = _fitting(there, shapes)
+    fresh = sorted(set(shapes) - set(tensors))
+    if fresh and not recipe.model.get("partial"):
+        changed = set(recipe.model) - {"base", "partial"}
+        raise ModelError(
+            f"{directory}: {len(fresh)} tensors do not fit the recipe's configuration, first {fresh[0]}",
+            remedy="remove the changes of [model], or set model.partial=true to begin them fresh"
+            if changed
+            else STRANGERS,
+        )
     torch.manual_seed(recipe.seed)  # fresh weights are the same in every process and run
     model = MMInterleaved(config) if fresh else skeleton(config)
     if left:
@@ -128,27 +137,23 @@ def load(recipe: Recipe) -> Foundation:
     for name, parameter in model.named_parameters():
         if name.endswith("ignore_token"):  # a constant of the released checkpoint
             parameter.requires_grad_(False)
-    return Foundation(model.train(), directory, fresh, left)
+    return Foundation(model.train(), directory, there, fresh, left)
 
 
-def _fitting(directory: Path, shapes: dict[str, torch.Size], partial: bool) -> tuple[dict[str, Tensor], list[str]]:
-    """Tensors of the directory's files that the model has room for, and the names of the model's others."""
+def _fitting(there: dict[str, tuple[Path, torch.Size]], shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
+    """The stored tensors that the model has room for, under the model's names."""
+    wanted: dict[Path, list[tuple[str, str]]] = {}
+    for name, shape in shapes.items():
+        called = next((n for n in _called(name) if n in there), "")
+        if called and there[called][1] == shape:
+            wanted.setdefault(there[called][0], []).append((name, called))
     tensors = {}
-    for path in weight_files(directory):
-        with safe_open(path, framework="pt") as file:
-            names = set(file.keys())
-            for name, shape in shapes.items():
-                stored = next((n for n in _called(name) if n in names), "")
-                if stored and torch.Size(file.get_slice(stored).get_shape()) == shape:
-                    tensor = file.get_tensor(stored)
-                    tensors[name] = tensor.float() if tensor.is_floating_point() else tensor
-    fresh = sorted(set(shapes) - set(tensors))
-    if fresh and not partial:
-        raise ModelError(
-            f"{directory}: {len(fresh)} tensors do not fit the recipe's configuration, first {fresh[0]}",
-            remedy="remove the changes of [model], or set model.partial=true to begin them fresh",
-        )
-    return tensors, fresh
+    for path, names in wanted.items():
+        with opened(path) as file:
+            for name, called in names:
+                tensor = file.get_tensor(called)
+                tensors[name] = tensor.float() if tensor.is_floating_point() else tensor
+    return tensors
 
 
 def _called(name: str) -> list[str]:
@@ -162,26 +167,23 @@ def export(foundation: Foundation, state: dict[str, Tensor], directory: Path, dt
     Args:
         foundation: see :func:`load`.
         state: names and weights as the model has them.
-        directory: made if absent; every file appears complete or not at all.
+        directory: made if absent; every file appears complete or not at all, and files of two exports are never read
+            together, see `store.save`.
         dtype: of storage.
     """
     directory.mkdir(parents=True, exist_ok=True)
     tensors = dict(state)
     if foundation.left:
-        for path in weight_files(foundation.directory):
-            with safe_open(path, framework="pt") as file:
-                left = [name for name in file.keys() if name.startswith(foundation.left)]  # noqa: SIM118
-                tensors |= {name: file.get_tensor(name) for name in left}
+        left = {n: path for n, (path, _) in foundation.there.items() if n.startswith(foundation.left)}
+        for path in sorted(set(left.values())):
+            with opened(path) as file:
+                tensors |= {name: file.get_tensor(name) for name in left if left[name] == path}
     kinds = {k: dtype if v.is_floating_point() else v.dtype for k, v in tensors.items()}
     files = store.split([store.Planned(k, tuple(v.shape), kinds[k]) for k, v in tensors.items()])
-    store.write_all(files, directory, lambda planned: tensors[planned.name].to(planned.dtype))
-    store.write_index(files, directory)
-    store.clean(files, directory)
+    store.save(files, directory, lambda planned: tensors[planned.name].to(planned.dtype))
     config = foundation.model.config
     if not config.loss_image_weight:  # what the base said about a loss that this run had not
         base = ModelConfig.load(foundation.directory)
         config = replace(config, loss_image_weight=base.loss_image_weight)
-    text = directory / "config.json.partial"
-    text.write_text(config.to_json(), encoding="utf-8")
-    os.replace(text, directory / "config.json")
+    store.write_text(directory / "config.json", config.to_json())
     foundation.model.tokenizer.copy_to(directory)

@@ -65,7 +65,7 @@ def write_card(
     path = directory / CARD
     if path.exists() and not overwrite and not _as_written(path):
         raise OutputError(
-            f"{path} was written or changed by hand and is left as it is",
+            f"{path} was written or changed by hand, or by another version of mmi, and is left as it is",
             remedy="--overwrite replaces it; --about adds your own words to a new card",
         )
     text = "\n".join(part for part in parts if part) + "\n"

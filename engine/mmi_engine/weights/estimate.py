@@ -20,10 +20,9 @@ STAGE_COPIES = 6
 """Feature maps of the VAE's widest stage that are alive at once (a residual block with float32 norms)."""
 UNET_COPIES = 12
 """Maps of the U-Net's finest stage that are alive at once, feed-forward of its transformer included."""
-LIBRARIES = 256 * 2**20
-"""What a first step costs beside its tensors: code and tables of the libraries (numba's compiler alone has 100 MiB),
-workspaces of convolutions, what the allocator keeps, and the visual encoder's own activations. Measured, see
-``benchmarks/model_memory.py``."""
+LIBRARIES = 192 * 2**20
+"""What a first step costs beside its tensors: code and tables of the libraries, workspaces of convolutions, what the
+allocator keeps, and the visual encoder's own activations. Measured, see ``benchmarks/model_memory.py``."""
 
 
 @dataclass(frozen=True)

@@ -26,12 +26,21 @@ TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 RELEASED_TOKENIZER = "lmsys/vicuna-13b-v1.3"
 """Where the released checkpoint's tokenizer is published; its own repository carries none."""
 _RELEASED_NAMES = re.compile(r"(module\.)*(mm_decoder|text_decoder|visual_tokenizer\.encoder|image_decoder\.decoder)\.")
+INDEX = "model.safetensors.index.json"
+_SHARD = re.compile(r"model-\d{5,}-of-\d{5,}\.safetensors")
 _HUB_ID = r"[\w.-]+/[\w.-]+"
 
 
 def cache_root() -> Path:
-    """``$MMI_CACHE``, else ``~/.cache/mmi``."""
-    return Path(os.environ.get("MMI_CACHE") or Path.home() / ".cache" / "mmi")
+    """``$MMI_CACHE``, else ``~/.cache/mmi``.
+
+    Raises:
+        ModelError: neither is known.
+    """
+    try:
+        return Path(os.environ.get("MMI_CACHE") or Path.home() / ".cache" / "mmi")
+    except RuntimeError as error:
+        raise ModelError("this user has no home directory to cache in", remedy="name a folder by MMI_CACHE") from error
 
 
 def kind(directory: Path) -> str | None:
@@ -40,7 +49,7 @@ def kind(directory: Path) -> str | None:
     if any(_RELEASED_NAMES.match(name) for name in names):
         return "released"
     # Pickles do not tell their names before they are opened; a library's model has a configuration beside them.
-    described = _json(directory / "config.json")
+    described = read_json(directory / "config.json")
     foreign = names or "model_type" in described or "_class_name" in described
     if not foreign and any(directory.glob("pytorch_model*.bin")):
         return "released"
@@ -49,7 +58,7 @@ def kind(directory: Path) -> str | None:
 
 def describes_ours(directory: Path) -> bool:
     """Whether ``config.json`` there is one of ours."""
-    described = _json(directory / "config.json")
+    described = read_json(directory / "config.json")
     return "visual_resampler" in described and "image_decoder" in described
 
 
@@ -90,7 +99,26 @@ def find(name: str, *, convert: bool = True) -> Path:
             f'model "{name}" is no MM-Interleaved model',
             remedy="name a directory that mmi wrote; mmi model new assembles one from a language model and other parts",
         )
+    _require_shards(directory, name)
     return directory
+
+
+def _require_shards(directory: Path, name: str) -> None:
+    """Refuse a model in several files of which some, or their index, are not there."""
+    index = directory / INDEX
+    files = sorted(set(_weight_map(index).values()))
+    absent = [file for file in files if not (directory / file).is_file()]
+    if absent:
+        raise ModelError(
+            f'model "{name}" lacks {len(absent)} of {len(files)} weight files, first {absent[0]}',
+            remedy="restore the model directory",
+        )
+    if not files and any(_SHARD.fullmatch(path.name) for path in directory.iterdir()):
+        what = f"{INDEX} cannot be read" if index.exists() else f"has no {INDEX}, as when its saving was interrupted"
+        raise ModelError(
+            f'model "{name}" is in several files, and {what}',
+            remedy="save it again (the same training command with --resume), or restore the model directory",
+        )
 
 
 def from_hub(
@@ -190,7 +218,7 @@ def tokenizer_file(source: str, named_by: str = "--tokenizer") -> Path:
     )
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     """A JSON object, empty when the file is absent or something else."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -201,7 +229,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 def _weight_map(index: Path) -> dict[str, str]:
     """Tensor name → file of an index, empty when it is damaged."""
-    table = _json(index).get("weight_map")
+    table = read_json(index).get("weight_map")
     sound = isinstance(table, dict) and all(isinstance(file, str) for file in table.values())
     return table if sound and table is not None else {}
 

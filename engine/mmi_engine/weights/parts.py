@@ -9,6 +9,7 @@ and 2.1 kind with `AutoencoderKL`.
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import json
 import logging
@@ -25,7 +26,7 @@ from mmi_engine.errors import ModelError
 from mmi_engine.model.config import VisionConfig
 from mmi_engine.model.positions import interpolate_position_embedding
 from mmi_engine.model.trunk import FAMILIES, Trunk, take_apart
-from mmi_engine.weights.find import complete, from_hub
+from mmi_engine.weights.find import complete, from_hub, read_json
 
 LANGUAGE_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 """Decoder layers of exactly: norm, attention, sum, norm, FFN, sum."""
@@ -40,17 +41,23 @@ IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 USUAL_NORMALISATION = {"siglip_vision_model": HALF, "vit": HALF, "dinov2": IMAGENET}
 SMALL_FILES = ["*.json", "*.model", "*.txt"]
-DIFFUSION = [*SMALL_FILES, "*diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"]
+DIFFUSION = {
+    ".safetensors": ["*diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"],
+    ".bin": ["*diffusion_pytorch_model.bin", "text_encoder/pytorch_model.bin"],
+}
+"""Weights of a diffusion repository that are read: not those of whole checkpoints, half precision or other EMAs."""
+BASE = "base model"
 
 
 def locate_part(name: str, what: str) -> Path:
     """Folder of a part: a path, else the hub's cache, else the network.
 
-    Of a hub repository only what is needed is fetched: safetensors, pickled shards where there are none.
+    Of a hub repository only what is needed is fetched: safetensors, pickled shards where there are none. What an
+    interrupted download left is completed.
 
     Args:
         name: folder or hub id.
-        what: ``vision trunk``, ``language model``, or a part of a diffusion model.
+        what: ``vision trunk``, ``language model``, a part of a diffusion model, or `BASE`, which may be any of them.
 
     Raises:
         ModelError: there is none.
@@ -59,11 +66,30 @@ def locate_part(name: str, what: str) -> Path:
     if path.is_dir():
         return path
     if name.count("/") == 1 and not path.parent.is_dir():
-        if what not in ("vision trunk", "language model"):
-            return from_hub(name, DIFFUSION, lambda p: any(p.rglob("*.safetensors")), what)
-        path = from_hub(name, [*SMALL_FILES, "*.safetensors"], None, what)
-        return path if complete(path) else from_hub(name, [*SMALL_FILES, "*.bin"], None, what)
+        ready = functools.partial(_ready, what=what)
+        path = from_hub(name, SMALL_FILES, ready, what)  # they tell what kind of repository it is
+        for ending in DIFFUSION:
+            if what != "scheduler" and not ready(path):
+                weights = DIFFUSION[ending] if _is_diffusion(path) else [f"*{ending}"]
+                path = from_hub(name, [*SMALL_FILES, *weights], ready, what)
+        return path
     raise ModelError(f'{what} "{name}" not found', remedy="name a folder or a hub id")
+
+
+def _is_diffusion(folder: Path) -> bool:
+    return (folder / "model_index.json").is_file() or any((folder / part).is_dir() for part in ("unet", "vae"))
+
+
+def _ready(folder: Path, what: str) -> bool:
+    """Whether a folder of the hub's cache holds what is read of it."""
+    if what == "scheduler":
+        return (_inner(folder, "scheduler") / "scheduler_config.json").is_file()
+    if not _is_diffusion(folder):
+        return complete(folder)
+    parts = {"U-Net": ("unet",), "VAE": ("vae",), BASE: ("unet", "vae")}.get(what, ())
+    if what == "diffusion model" and "text_encoder" in read_json(folder / "model_index.json"):
+        parts = ("text_encoder",)
+    return all(complete(folder / part) for part in parts)
 
 
 @contextlib.contextmanager

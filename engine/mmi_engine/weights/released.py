@@ -29,18 +29,18 @@ TABLE_ERROR = {torch.float16: 1e-3, torch.bfloat16: 8e-3}
 """How far a stored fixed table may be from ours: rounding of values up to 1; float32 has 1e-5."""
 
 SUBMODELS = {
-    "the visual encoder (CLIP ViT)": "visual_tokenizer.encoder.",
-    "the language model": "mm_decoder.",
-    "the U-Net": "image_decoder.decoder.unet.",
-    "the VAE": "image_decoder.decoder.vae.",
+    "the visual encoder (CLIP ViT)": ("visual_tokenizer.encoder.",),
+    "the language model": ("mm_decoder.", "text_decoder.head."),
+    "the U-Net": ("image_decoder.decoder.unet.",),
+    "the VAE": ("image_decoder.decoder.vae.",),
 }
 _BASE_RULES = (
     (r"(?:model\.)?((?:embed_tokens|layers|norm)\..+)", "mm_decoder.{}"),
     (r"lm_head\.(weight)", "text_decoder.head.{}"),
     (r"((?:vision_model)\..+)", "visual_tokenizer.encoder.{}"),
 )
-NEW_TOKENS = 2  # `<BoI>` and the image placeholder
 NEW_BIAS = -100.0
+RELEASED_EMBEDDING = "mm_decoder.embed_tokens.weight"
 EMBEDDING, HEAD, HEAD_BIAS = "language.body.embed_tokens.weight", "text_head.head.weight", "text_head.head.bias"
 MADE = {
     "mean": "the rows of the new tokens are the mean of the others, not the trained ones: train the model further",
@@ -66,7 +66,9 @@ class Placed:
     shape: tuple[int, ...]
     buffer: bool
     made: str = ""
-    """How rows that a base language model lacks are made: a value of `MADE`."""
+    """How rows that a base language model lacks are made: a key of `MADE`."""
+    known: int = 0
+    """Number of tokens before the new ones, for a bias that is made."""
 
 
 @dataclass
@@ -176,7 +178,7 @@ def _from_base(place: Placed, own: dict[str, Any], known: int, new_rows: str | N
             result.new_rows = place.shape[0] - known
             return []
         return [replace(place, made=new_rows or "") if short else place]
-    bias = replace(place, ours=HEAD_BIAS, shape=tuple(own[HEAD_BIAS].shape), made="bias")
+    bias = replace(place, ours=HEAD_BIAS, shape=tuple(own[HEAD_BIAS].shape), made="bias", known=known)
     return [replace(place, made="zeros") if short else place, bias]
 
 
@@ -209,12 +211,11 @@ def fitted(place: Placed, tensor: Tensor) -> Tensor:
 
 def _extended(place: Placed, tensor: Tensor) -> Tensor:
     """What `Placed.made` says, in the dtype of ``tensor``, whose rows stay as they are."""
-    known = tensor.shape[0]
     if place.made == "bias":
         bias = tensor.new_zeros(place.shape)
-        bias[-NEW_TOKENS:] = NEW_BIAS
+        bias[place.known :] = NEW_BIAS
         return bias
-    new = tensor.new_zeros((place.shape[0] - known, *place.shape[1:]))
+    new = tensor.new_zeros((place.shape[0] - tensor.shape[0], *place.shape[1:]))
     if place.made == "mean":
         new[:] = tensor.mean(0, dtype=torch.float32).to(tensor.dtype)
     return torch.cat([tensor, new])
@@ -238,20 +239,27 @@ def require_complete(result: Match, source: Path) -> None:
     report = result.report
     if report.clean:
         return
-    absent = [what for what, prefix in SUBMODELS.items() if any(n.startswith(prefix) for n in report.missing)]
     if "boi_embedding" in report.unexpected:  # our name of soi_token
         remedy = "it is a model directory already: name it by --model"
     elif not result.placed:
         remedy = "give the folder of a released MM-Interleaved checkpoint; mmi model new assembles models from parts"
     elif report.unexpected or report.mismatched:
         remedy = "it is a checkpoint of another layout: describe it by --config, or --image-size for its input"
-    elif result.new_rows and len(report.missing) == 1:
-        remedy = (
-            f"the base model lacks its last {result.new_rows} rows, those of <BoI> and the image placeholder: give a "
+    else:
+        remedy = _remedy_of_missing(report.missing, result.new_rows)
+    raise ModelError(f"{source} is no complete checkpoint: {report}", remedy=remedy)
+
+
+def _remedy_of_missing(missing: list[str], new_rows: int) -> str:
+    remedies = []
+    if new_rows:  # a base gave the other rows
+        missing = [name for name in missing if name != RELEASED_EMBEDDING]
+        remedies.append(
+            f"the base model lacks its last {new_rows} rows, those of <BoI> and the image placeholder: give a "
             "checkpoint that holds them, or let them begin as the mean of the others by --new-rows mean"
         )
-    elif absent:
-        remedy = f"fetch the missing shards, or name the model it was trained from by --base ({', '.join(absent)})"
-    else:
-        remedy = "fetch the missing shards"
-    raise ModelError(f"{source} is no complete checkpoint: {report}", remedy=remedy)
+    if missing:
+        absent = [what for what, prefixes in SUBMODELS.items() if any(n.startswith(prefixes) for n in missing)]
+        other = f", or name the model it was trained from by --base ({', '.join(absent)})" if absent else ""
+        remedies.append(f"fetch the missing shards{other}")
+    return "; ".join(remedies)

@@ -11,8 +11,9 @@ from typing import Any
 from mmi_engine.errors import ConfigError, ModelError
 from mmi_engine.model.config import ModelConfig
 from mmi_engine.model.presets import released_config
-from mmi_engine.weights.find import complete, describes_ours, from_hub
+from mmi_engine.weights.find import describes_ours, from_hub
 from mmi_engine.weights.importing import Imported, Progress, import_released
+from mmi_engine.weights.parts import BASE, locate_part
 
 
 def torch_dtype(name: str) -> Any:
@@ -65,25 +66,10 @@ def import_command(
         dtype=torch_dtype(dtype),
         tokenizer=tokenizer,
         config=config,
-        bases=tuple(base_folder(base) for base in bases),
+        bases=tuple(locate_part(base, BASE) for base in bases),
         new_rows=new_rows,
         progress=progress,
     )
-
-
-def base_folder(name: str) -> Path:
-    """Folder of a base model: a path, else the hub's cache, else the network.
-
-    Raises:
-        ModelError: there is none.
-    """
-    if Path(name).is_dir():
-        return Path(name)
-
-    def ready(folder: Path) -> bool:
-        return complete(folder) or any((folder / part).is_dir() for part in ("unet", "vae"))  # a diffusion folder
-
-    return from_hub(name, ready=ready, what="base model")
 
 
 def _config(path: Path) -> ModelConfig:

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from mmi_engine.errors import OutputError
+from mmi_engine.weights.find import INDEX
 
 SHARD_BYTES = 5 * 10**9
-INDEX = "model.safetensors.index.json"
 _OWN = re.compile(r"model(-\d{5,}-of-\d{5,})?\.safetensors|" + re.escape(INDEX))
 _NAMES = {
     **{torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"},
@@ -105,8 +105,16 @@ def write(file: File, directory: Path, value: Callable[[Planned], Tensor]) -> Pa
     return _appear(_write_partial(file, directory, value))
 
 
-def write_all(files: list[File], directory: Path, value: Callable[[Planned], Tensor]) -> None:
-    """Write files that belong together: all of them are complete before the first appears, see :func:`write`."""
+def save(files: list[File], directory: Path, value: Callable[[Planned], Tensor]) -> None:
+    """Write a directory's weight files in the place of an earlier save's.
+
+    All of them are complete before the first appears. Several are not replaced in one moment, and those of two saves
+    bear the same names: the index goes first and comes last, and `find.find` refuses shards without theirs. So what a
+    kill leaves half-replaced is never read as a model.
+
+    Args:
+        files, directory, value: see :func:`write`.
+    """
     partials: list[Path] = []
     try:
         for file in files:
@@ -115,8 +123,11 @@ def write_all(files: list[File], directory: Path, value: Callable[[Planned], Ten
         for path in partials:
             path.unlink(missing_ok=True)
         raise
+    (directory / INDEX).unlink(missing_ok=True)
     for path in partials:
         _appear(path)
+    _clean(files, directory)
+    write_index(files, directory)
 
 
 def _appear(partial: Path) -> Path:
@@ -183,9 +194,9 @@ def start_anew(staging: Path, *, besides: Iterable[str] = ()) -> None:
     shutil.rmtree(staging)
 
 
-def clean(files: list[File], directory: Path) -> None:
-    """Remove weight files of an earlier save that the present one did not replace."""
-    kept = {file.name for file in files} | ({INDEX} if len(files) > 1 else set())
+def _clean(files: list[File], directory: Path) -> None:
+    """Remove weight files of an earlier save that the present one did not replace, finished or not."""
+    kept = {file.name for file in files}
     for path in directory.iterdir():
-        if _OWN.fullmatch(path.name) and path.name not in kept:
+        if _OWN.fullmatch(path.name.removesuffix(".partial")) and path.name not in kept:
             path.unlink()
