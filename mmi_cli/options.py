@@ -181,7 +181,7 @@ text_options = stack(
         type=click.Choice(["fixed", "continuous"]),
         default="fixed",
         show_default=True,
-        help="continuous: a finished text's place is taken by the next; same tokens, not always the same bytes.",
+        help="continuous: a finished text's place goes to the next; same tokens, not always the same bytes; needs --beams 1.",
     ),
 )
 
@@ -224,7 +224,7 @@ def message_options(function: F) -> F:
             show_default=True,
             help="Messages as text, or a JSON object each.",
         ),
-        click.option("-q", "--quiet", is_flag=True, help="Only errors on stderr."),
+        click.option("-q", "--quiet", is_flag=True, help="Only what stops the run, and a line where items failed."),
         click.option("-v", "--verbose", count=True, help="More on stderr; -vv adds tracebacks."),
     )
     @functools.wraps(function)

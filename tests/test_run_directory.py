@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import re
+import shutil
 import string
 
 import pytest
@@ -18,6 +19,7 @@ from mmi_engine.data.manifest import item_seed
 from mmi_engine.errors import OutputBusyError, OutputMismatchError
 from mmi_engine.locks import Part, PartLock, guard, settle
 from mmi_engine.names import Stems, safe_stem
+from mmi_engine.rows import differences
 from mmi_engine.tasks import StoryTask, VqaTask
 
 # -- locks and refusals ------------------------------------------------------------------------------------------------
@@ -220,3 +222,25 @@ def test_settling_goes_on_while_a_part_is_taken(tmp_path):
     with guard(tmp_path):
         assert [path.name for path in (tmp_path / ".mmi").iterdir()] == ["guard"]
     assert not (tmp_path / ".mmi").exists()
+
+
+@pytest.mark.parametrize("stranger", ["index.html", "index_files/a.jpg", "s1/00.png"])
+def test_a_file_of_the_user_is_never_replaced(tmp_path, stranger):
+    manifest, mine = write(tmp_path / "m.jsonl", *stories(2)), tmp_path / "out" / stranger
+    mine.parent.mkdir(parents=True)
+    mine.write_bytes(b"mine")
+    with pytest.raises(OutputMismatchError, match=stranger.split("/")[0]):
+        go(manifest, tmp_path / "out")
+    assert mine.read_bytes() == b"mine"
+    mine.rename(tmp_path / "mine")
+    for folder in mine.relative_to(tmp_path / "out").parents[:-1]:
+        shutil.rmtree(tmp_path / "out" / folder)
+    go(manifest, tmp_path / "out")
+    go(manifest, tmp_path / "fresh")
+    assert tree(tmp_path / "out") == tree(tmp_path / "fresh")
+
+
+def test_a_long_difference_is_shown_where_it_is():
+    before, after = ("Answer the question in " + how + " words please, and nothing else." for how in ("short", "long"))
+    [told] = differences({"template": before}, {"template": after})
+    assert "short" in told and "long" in told

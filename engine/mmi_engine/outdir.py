@@ -64,6 +64,7 @@ class OutputDir:
         self._state = directory / STATE_DIR
         self._scratch = self._state / f"tmp-{part.label}"
         self._pending = self._state / f"pending-{part.label}"
+        self._begun = False  # by this process: what was there before it is the user's
         suffix = "" if part.whole else f"-{part.label}"
         self._files = {kind: directory / f"{kind}{suffix}.jsonl" for kind in (RESULTS, ERRORS)}
         self._streams: dict[str, IO[bytes]] = {}
@@ -106,6 +107,7 @@ class OutputDir:
                     self._wipe()
                 self._clean(others)
                 self._index(others)
+                self._begun = not same
                 if not same:
                     self.write_run({"identity": identity})
                 for kind, path in self._files.items():
@@ -127,7 +129,8 @@ class OutputDir:
         """True when run.json is there with the same identity, False for a directory to begin in."""
         there = self.read_run().get("identity")
         if there is None:
-            strangers = [name for name in ("results.jsonl", "errors.jsonl") if (self.directory / name).exists()]
+            names = ("results.jsonl", "errors.jsonl", "index.html", "index_files")
+            strangers = [name for name in names if (self.directory / name).exists()]
             if strangers and not overwrite:
                 raise OutputMismatchError(
                     f"{self.directory} holds {' and '.join(strangers)} but no run.json that says what made them",
@@ -231,6 +234,12 @@ class OutputDir:
             for (draft, stream), name in zip(drafts, media, strict=True):
                 target = self.directory / name
                 target.parent.mkdir(parents=True, exist_ok=True)
+                if self._begun and target.exists():  # later, it may be what a torn row had named
+                    self._pending.unlink()
+                    raise OutputMismatchError(
+                        f"{target} is there already and not of this run",
+                        remedy="move it away or choose another --out; the same command then goes on",
+                    )
                 stream.flush()
                 draft.replace(target)
             for _, stream in drafts:

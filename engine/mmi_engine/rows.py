@@ -102,9 +102,15 @@ def differences(there: Any, here: Any, path: str = "") -> list[str]:
             if there.get(key) != here.get(key):
                 found += differences(there.get(key), here.get(key), f"{path}.{key}" if path else str(key))
         return found
-    return [f"{path} was {_brief(there)}, now {_brief(here)}"]
+    was, now = (json.dumps(value, ensure_ascii=False) for value in (there, here))
+    start = next((n for n, (a, b) in enumerate(zip(was, now, strict=False)) if a != b), min(len(was), len(now)))
+    return [f"{path} was {_brief(was, start)}, now {_brief(now, start)}"]
 
 
-def _brief(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 24 else text[:12] + "…" + text[-4:]
+def _brief(text: str, start: int) -> str:
+    """At most 24 characters of a long text, from a little before ``start`` on."""
+    if len(text) <= 24:
+        return text
+    first = max(0, min(start - 8, len(text) - 24))
+    end = first + 24
+    return ("…" if first else "") + text[first:end] + ("…" if end < len(text) else "")

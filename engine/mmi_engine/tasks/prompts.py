@@ -64,7 +64,9 @@ TOON_DECODING: dict[str, dict[str, Any]] = {
     **DECODING,
     "caption short": {"beams": 5, "max_new_tokens": 48},
     "caption long": {"beams": 5, "max_new_tokens": 96},
-    "story": {},
+    "story": {
+        "min_new_tokens": 4
+    },  # a text that was asked for has words, though the model may think of a picture first
 }
 
 
