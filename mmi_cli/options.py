@@ -181,7 +181,7 @@ text_options = stack(
         type=click.Choice(["fixed", "continuous"]),
         default="fixed",
         show_default=True,
-        help="continuous: a finished text's place goes to the next; same tokens, not always the same bytes; needs --beams 1.",
+        help="continuous: the next text takes a finished one's place; same tokens, not always same bytes; needs --beams 1.",
     ),
 )
 
