@@ -181,7 +181,7 @@ text_options = stack(
         type=click.Choice(["fixed", "continuous"]),
         default="fixed",
         show_default=True,
-        help="continuous: the next text takes a finished one's place; same tokens, not always same bytes; needs --beams 1.",
+        help="continuous: the next text takes a finished one's place; same tokens, other bytes; needs --beams 1.",
     ),
 )
 
