@@ -40,6 +40,23 @@ def test_refusals() -> None:
         raise call("--resume", "--out", "nowhere").exception or AssertionError
 
 
+def test_what_is_not_measured_is_said_and_nothing_stands_in_empty_brackets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "rows.jsonl").write_text("{}\n", encoding="utf-8")
+    monkeypatch.setattr("mmi_engine.train.start.train", lambda *_, **__: {})
+    words = ["--recipe", "sft_vqa", "--out", str(tmp_path / "run")]
+    own = ["--data", f"vqav2={tmp_path / 'rows.jsonl'}"]
+    notice = "measured before and after: name held-out rows with measure.manifest=FILE"
+    said = {}
+    for name, more in {"own": own, "drawn": [], "named": [*own, "measure.manifest=held.jsonl"]}.items():
+        result = call(*words, *more)
+        assert result.exit_code == 0
+        said[name] = result.stderr
+    assert [notice in said[name] for name in ("own", "drawn", "named")] == [True, False, False]
+    assert said["own"].rstrip().endswith(f"done: {tmp_path / 'run' / 'model'}")
+
+
 def test_help_and_dry_run_load_no_torch() -> None:
     code = (
         "import sys; from click.testing import CliRunner; from mmi_cli.commands.train import train;"

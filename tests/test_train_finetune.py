@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -90,8 +91,6 @@ def test_a_run_stopped_in_the_middle_of_an_epoch_ends_with_the_same_bits(
     directory = tmp_path / "run"
     train(recipe_of(tmp_path, base, pairs, image=10.0), directory)
     for later in ("step-00000004",):  # as if the run had been killed behind its first checkpoint
-        import shutil
-
         shutil.rmtree(directory / "checkpoints" / later)
     shutil.rmtree(directory / "model")
     shutil.rmtree(directory / "plan")
@@ -159,6 +158,44 @@ def test_numbers_that_contradict_each_other_are_refused_at_once(tmp_path: Path, 
 def test_an_existing_run_is_not_overwritten(finished: Path, base: Path, pairs: Path) -> None:
     with pytest.raises(OutputError, match="already holds"):
         train(recipe_of(finished.parent, base, pairs, image=10.0), finished)
+
+
+def test_a_run_that_never_began_leaves_its_directory_free(tmp_path: Path, base: Path, rows: Path) -> None:
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text("".join(json.dumps({"id": str(n), "image": "gone.png"}) + "\n" for n in range(4)), encoding="utf-8")
+    run, used = tmp_path / "run", tmp_path / "used"
+    used.mkdir()
+    (used / "notes.txt").write_text("mine", encoding="utf-8")
+    for directory in (run, used):
+        with pytest.raises(ConfigError, match=r"no usable row .* dropped: \w+"):
+            train(recipe_of(tmp_path, base, bad), directory)
+    assert not run.exists() and [path.name for path in used.iterdir()] == ["notes.txt"]
+    train(recipe_of(tmp_path, base, rows, "loop.steps=1"), run)
+    with pytest.raises(ModelError):  # of a begun run nothing is taken away
+        train(recipe_of(tmp_path, base, rows, "model.visual_resampler.num_queries=5"), run, resume=True)
+    assert (run / "checkpoints" / "step-00000001").is_dir() and (run / "recipe.json").is_file()
+
+
+def test_a_run_goes_on_only_with_its_own_data_and_base(
+    tmp_path: Path, base: Path, rows: Path, pairs: Path, finished: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    shutil.copytree(base, tmp_path / "other")
+    for recipe, key, old, new in (
+        (recipe_of(tmp_path, base, rows, image=10.0), "data.sets rows.manifest", pairs, rows),
+        (recipe_of(tmp_path, tmp_path / "other", pairs, image=10.0), "model.base", base, tmp_path / "other"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            train(recipe, run, resume=True)
+        assert all(repr(str(value)) in caught.value.message for value in (old, new)) and key in caught.value.message
+        assert "--out" in str(caught.value.remedy)
+    shutil.rmtree(run / "checkpoints")  # nothing to go on from: a new beginning, whose log holds nothing of the old
+    figures = train(recipe_of(tmp_path, base, rows, "loop.steps=2", "loop.eval_every=1"), run, resume=True)
+    assert "text" in figures and max(line["step"] for line in read(run / "metrics.jsonl")) == 2
+    longer = recipe_of(tmp_path, base, Path(os.path.relpath(rows)), "loop.steps=3", "optim.lr=1e-4")
+    train(longer, run, resume=True)
+    assert max(line["step"] for line in read(run / "metrics.jsonl")) == 3
 
 
 def test_missing_data_are_named_with_their_remedy_before_any_model(tmp_path: Path) -> None:

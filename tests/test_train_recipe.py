@@ -64,6 +64,20 @@ def test_wrong_types_and_ranges_name_the_key(tmp_path: Path, override: str) -> N
     assert override.split("=")[0] in caught.value.message
 
 
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [("loop.stps=3", "loop.stps"), ("loop.steps=abc", "loop.steps"), ("optim.groups=[{patern='x'}]", "patern")],
+)
+def test_errors_say_whether_the_file_or_the_command_line_is_wrong(tmp_path: Path, override: str, key: str) -> None:
+    path = write(tmp_path, MINIMAL)
+    with pytest.raises(ConfigError, match="^command line: ") as caught:
+        resolve(path, [override])
+    assert key in caught.value.message and path not in caught.value.message
+    assert "did you mean" in str(caught.value.remedy) or key == "loop.steps"
+    with pytest.raises(ConfigError, match=r"mine\.toml: unknown key 'optim\.lrr'"):
+        resolve(write(tmp_path, 'task = "vae"\n[optim]\nlrr = 1\n'), ["loop.steps=3"])
+
+
 def test_task_is_required_and_limited(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="'task' is missing"):
         resolve(write(tmp_path, "seed = 1\n"))

@@ -88,6 +88,8 @@ def train(
     if os.environ.get("RANK", "0") != "0":  # under torchrun and accelerate launch one process speaks for all
         console.current().verbosity = -1
     console.current().notice(f"training {resolved.recipe.name} in {directory}")
+    if resolved.recipe.data.source == "manifests" and resolved.recipe.measure.task and not resolved.recipe.measurable:
+        console.current().notice("nothing is measured before and after: name held-out rows with measure.manifest=FILE")
     with _Reporter(console.current()) as reporter:
         figures = run(resolved, directory, resume=resume, report=reporter)
     _conclude(resolved.recipe, directory, figures)
@@ -140,7 +142,7 @@ def _estimate(recipe: Any) -> None:
 def _conclude(recipe: Any, directory: Path, figures: dict[str, float]) -> None:
     """The last lines: where the model is, and the benchmark figure before and after."""
     shown = ", ".join(f"{k} {v:g}" for k, v in figures.items() if k not in ("before", "after", "test"))
-    console.current().notice(f"done: {directory / 'model'} ({shown})")
+    console.current().notice(f"done: {directory / 'model'}" + (f" ({shown})" if shown else ""))
     if "after" not in figures:
         return
     measured = json.loads((directory / "measure.json").read_text(encoding="utf-8"))

@@ -25,6 +25,7 @@ from mmi_engine.data.maps import Palette
 from mmi_engine.errors import ConfigError
 from mmi_engine.model_info import family_of, weight_files
 from mmi_engine.train import adapters, cache, foundation, frozen, memory, sharding, sources
+from mmi_engine.train.claim import Claim
 from mmi_engine.train.collate import Feed, ManifestBatch, Sizes, describe
 from mmi_engine.train.documents import Choices
 from mmi_engine.train.interleaved import InterleavedObjective, codec_key
@@ -194,12 +195,12 @@ def check_numbers(recipe: Recipe) -> None:
         raise ConfigError("loss.text and loss.image are both 0", remedy="give one a weight")
 
 
-def run(resolved: Any, directory: Path, *, resume: bool, report: Report | None) -> dict[str, float]:
+def run(resolved: Any, claim: Claim, *, report: Report | None) -> dict[str, float]:
     """Measure, train, measure; returns the last evaluation's figures and the benchmark figures.
 
     Args:
         resolved: recipe with origins.
-        directory: run directory; resume: go on there.
+        claim: on the run directory, held; told the loop.
         report: see :func:`mmi_engine.train.start.train`.
 
     Raises:
@@ -210,6 +211,7 @@ def run(resolved: Any, directory: Path, *, resume: bool, report: Report | None) 
 
     report = report or (lambda _: None)
     recipe: Recipe = resolved.recipe
+    directory = claim.directory
     found = sources.locate(recipe.data)
     state = process_state()
     tune_cpu(recipe.loop.threads)
@@ -221,7 +223,8 @@ def run(resolved: Any, directory: Path, *, resume: bool, report: Report | None) 
     state.wait_for_everyone()
     task = ManifestTask(recipe, train, val, directory)
     loop = Loop(settled(recipe, state.num_processes), task, directory, report if state.is_main_process else None)
-    figures = loop.run(resume=resume)
+    claim.loop = loop
+    figures = loop.run(resume=claim.resume)
     if state.is_main_process:
         figures |= benchmark.after()
     state.wait_for_everyone()
@@ -301,12 +304,7 @@ class Benchmark:
     @property
     def wanted(self) -> bool:
         """Whether there is a metric and something to measure it on."""
-        return bool(self.config.task) and bool(self.config.manifest or self._drawn)
-
-    @property
-    def _drawn(self) -> bool:
-        """Whether the benchmark's rows are the built-in world's: only when the training data are."""
-        return bool(self.config.toon) and all(entry.toon for entry in self.recipe.data.sets)
+        return bool(self.config.task) and self.recipe.measurable
 
     def _manifest(self, split: str) -> Path:
         if self.config.manifest:

@@ -124,6 +124,7 @@ class Stream:
         self.seed, self.number, self.folder = seed, number, folder
         self._chunks: OrderedDict[int, list[Planned]] = OrderedDict()
         self._ends: list[int] = []  # rows up to and including each chunk
+        self._useless: Counter[str] = Counter()  # why rows were dropped in chunks of which nothing was left
         self.chunk = min(CHUNK, len(index))
 
     def document(self, position: int) -> tuple[str, Draft]:
@@ -153,8 +154,9 @@ class Stream:
             rows = len(self._planned(chunk))
             self._ends.append((self._ends[-1] if self._ends else 0) + rows)
             if self._ends[-1] == 0 and chunk * self.chunk > len(self.index):
+                why = ", ".join(code for code, _ in self._useless.most_common())  # counts are of several epochs
                 raise ConfigError(
-                    f"{self.index.path}: no usable row for set {self.entry.name!r}",
+                    f"{self.index.path}: no usable row for set {self.entry.name!r}; all were dropped: {why}",
                     remedy=f"look at it with `mmi data check {self.index.path}`",
                 )
             self._keep_counts()
@@ -190,6 +192,8 @@ class Stream:
         rows = [rows[place] for place in order]
         if rows:
             rows[0].dropped = dropped
+        else:
+            self._useless += dropped
         return rows
 
     def _place(self, position: int, encoded: Encoded, rows: list[Planned], waiting: list[Planned]) -> None:

@@ -13,7 +13,7 @@ import difflib
 import json
 import tomllib
 import types
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -58,6 +58,12 @@ class Recipe:
         require(manifests or self.loop.shard == "no", "loop.shard fsdp needs data.source manifests")
         graph = self.loop.cuda_graph
         require(not graph or self.task == "image_decoder", "loop.cuda_graph is for the task image_decoder")
+
+    @property
+    def measurable(self) -> bool:
+        """Whether there are held-out rows for ``measure``: named ones, or drawn ones where all training data are."""
+        drawn = bool(self.measure.toon) and all(entry.toon for entry in self.data.sets)
+        return bool(self.measure.manifest) or drawn
 
 
 @dataclass(frozen=True)
@@ -111,7 +117,7 @@ def resolve(
     """
     path = find(name_or_file)
     if not profile and layers.has_profile(path, find):  # the profile's keys are checked even where it does not serve
-        _build(Recipe, layers.read(path, find, layers.PROFILE)[0], "", f"{path} [{layers.PROFILE}]")
+        _build(Recipe, layers.read(path, find, layers.PROFILE)[0], "", _Origin(f"{path} [{layers.PROFILE}]"))
     table, from_files = layers.read(path, find, profile)
     table.setdefault("name", path.stem)
     from_line: set[str] = set()
@@ -120,7 +126,7 @@ def resolve(
         from_line |= {"data.sets", "data.source"}
     table, overridden = _apply(table, overrides)
     from_line |= overridden
-    recipe = _build(Recipe, table, "", str(path))
+    recipe = _build(Recipe, table, "", _Origin(path, overridden))
     origins = {}
     for leaf in _leaves(dataclasses.asdict(recipe)):
         origins[leaf] = "command line" if leaf in from_line else from_files.get(leaf, "default")
@@ -138,7 +144,7 @@ def resumed(directory: Path, overrides: Iterable[str] = ()) -> Resolved:
         raise ConfigError(f"{directory} holds no training run", remedy="name a recipe with --recipe")
     data = json.loads(path.read_text(encoding="utf-8"))
     table, from_line = _apply(data["recipe"], overrides)
-    recipe = _build(Recipe, table, "", str(path))
+    recipe = _build(Recipe, table, "", _Origin(path, from_line))
     origins = {
         leaf: "command line" if leaf in from_line else data["origins"].get(leaf, "default")
         for leaf in _leaves(dataclasses.asdict(recipe))
@@ -190,7 +196,21 @@ def _assign(table: dict[str, Any], key: str, value: Any) -> None:
     table[last] = value
 
 
-def _build(cls: type, table: dict[str, Any], prefix: str, where: str) -> Any:
+@dataclass(frozen=True)
+class _Origin:
+    """Who is to blame for a key: the command line for what it set, else the file."""
+
+    file: Path | str
+    from_line: Set[str] = frozenset()
+
+    def __call__(self, key: str) -> str:
+        def related(leaf: str) -> bool:
+            return key == leaf or leaf.startswith(f"{key}.") or key.startswith((f"{leaf}.", f"{leaf}["))
+
+        return "command line" if any(related(leaf) for leaf in self.from_line) else str(self.file)
+
+
+def _build(cls: type, table: dict[str, Any], prefix: str, where: _Origin) -> Any:
     """Frozen dataclass from a table; every key must exist and every value must have the field's type."""
     hints = get_type_hints(cls)
     values: dict[str, Any] = {}
@@ -200,16 +220,18 @@ def _build(cls: type, table: dict[str, Any], prefix: str, where: str) -> Any:
             hint = (
                 f"did you mean {prefix + near[0]!r}?" if near else f"valid keys: {', '.join(prefix + h for h in hints)}"
             )
-            raise ConfigError(f"{where}: unknown key {prefix + key!r}", remedy=hint)
+            raise ConfigError(f"{where(prefix + key)}: unknown key {prefix + key!r}", remedy=hint)
         values[key] = _convert(hints[key], value, prefix + key, where)
     missing = [f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING]
     for name in missing:
         if name not in values:
-            raise ConfigError(f"{where}: key {prefix + name!r} is missing", remedy="add it to the recipe")
+            raise ConfigError(
+                f"{where(prefix + name)}: key {prefix + name!r} is missing", remedy="add it to the recipe"
+            )
     return cls(**values)
 
 
-def _convert(hint: Any, value: Any, key: str, where: str) -> Any:
+def _convert(hint: Any, value: Any, key: str, where: _Origin) -> Any:
     """``value`` as the type ``hint`` (dataclass, number, str, bool, tuple, dict, optional)."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
@@ -229,4 +251,4 @@ def _convert(hint: Any, value: Any, key: str, where: str) -> Any:
     if hint in (int, str, bool) and type(value) is hint:
         return value
     name = getattr(hint, "__name__", str(hint))
-    raise ConfigError(f"{where}: {key!r} must be of type {name}, found {value!r}", remedy="correct the value")
+    raise ConfigError(f"{where(key)}: {key!r} must be of type {name}, found {value!r}", remedy="correct the value")

@@ -8,6 +8,7 @@ Source of the data rules: paper appendix B.1 and Table 11; of the other values T
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from mmi_engine.errors import ConfigError
@@ -134,6 +135,10 @@ class DataConfig:
         require(self.row_images >= 0, "data.row_images must not be negative")
         require(self.kept_rows > 0 and self.kept_steps > 0, "data.kept_rows and data.kept_steps must be positive")
         require(all(weight >= 0 for weight in self.mixture.values()), "data.mixture weights must not be negative")
+
+    def place(self, entry: SetConfig) -> str:
+        """Where the manifest of a set is looked for; empty where nothing says so."""
+        return entry.manifest or (str(Path(self.root) / entry.name / "manifest.jsonl") if self.root else "")
 
 
 @dataclass(frozen=True)

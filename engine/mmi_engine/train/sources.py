@@ -34,7 +34,7 @@ def locate(data: DataConfig) -> dict[str, Path]:
     for entry in data.sets:
         if entry.toon:
             continue
-        named = entry.manifest or (str(Path(data.root) / entry.name / "manifest.jsonl") if data.root else "")
+        named = data.place(entry)
         if named and Path(named).is_file():
             found[entry.name] = Path(named)
         elif entry.manifest:
@@ -49,7 +49,7 @@ def locate(data: DataConfig) -> dict[str, Path]:
 def _what_is_missing(data: DataConfig, missing: list[SetConfig]) -> str:
     lines = [f"the recipe's data are not here: {len(missing)} of {len(data.sets)} sets"]
     for entry in missing:
-        place = f" (looked for {Path(data.root) / entry.name / 'manifest.jsonl'})" if data.root else ""
+        place = f" (looked for {data.place(entry)})" if data.root else ""
         lines.append(f"  {entry.name}{place}")
         if entry.origin:
             lines.append(f"      from   {entry.origin}")

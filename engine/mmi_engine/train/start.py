@@ -14,7 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from mmi_engine.errors import OutputError
+from mmi_engine.train.claim import Claim
 from mmi_engine.train.recipe import Resolved
 
 logger = logging.getLogger(__name__)
@@ -30,11 +30,13 @@ def train(
     Args:
         resolved: recipe with origins, see :func:`mmi_engine.train.recipe.resolve`.
         directory: run directory, made when missing.
-        resume: go on from the newest checkpoint there (or start, when there is none).
+        resume: go on from the newest checkpoint there (or start, when there is none). A fresh run that fails before
+            its first step leaves nothing behind.
         report: called with every line of ``metrics.jsonl`` and with ``{"stage", "done", "total"}`` while preparing.
 
     Raises:
-        ConfigError, OutputError, Interrupted, NotFiniteError: see :class:`mmi_engine.train.loop.Loop`.
+        ConfigError, OutputError, Interrupted, NotFiniteError: see :class:`~mmi_engine.train.claim.Claim` and
+            :class:`~mmi_engine.train.loop.Loop`.
     """
     from mmi_engine.train import cache, launched
     from mmi_engine.train.loop import Loop
@@ -45,17 +47,16 @@ def train(
         return _finetune(resolved, directory, resume=resume, report=report)
     report = report or (lambda _: None)
     state = process_state()
-    with state.main_process_first():  # one process draws and writes, the others find everything done
-        if state.is_main_process:
-            _claim(directory, resume=resume)
-        record = directory / "run.json"
-        before = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
-        world = before.get("world") or cache.fingerprint()
-        task = build_task(resolved, report, world)
-        if state.is_main_process:
-            (directory / "recipe.json").write_text(resolved.to_json(), encoding="utf-8")
-            record.write_text(json.dumps({"world": world, **_environment()}, indent=2) + "\n", encoding="utf-8")
-    return Loop(resolved.recipe, task, directory, report if state.is_main_process else None).run(resume=resume)
+    with Claim(resolved, directory, resume=resume) as claim:
+        with state.main_process_first():  # one process draws and writes, the others find everything done
+            record = directory / "run.json"
+            before = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
+            world = before.get("world") or cache.fingerprint()
+            task = build_task(resolved, report, world)
+            if state.is_main_process:
+                _record(resolved, directory, {"world": world})
+        claim.loop = Loop(resolved.recipe, task, directory, report if state.is_main_process else None)
+        return claim.loop.run(resume=resume)
 
 
 def _finetune(resolved: Resolved, directory: Path, *, resume: bool, report: Report | None) -> dict[str, float]:
@@ -65,20 +66,18 @@ def _finetune(resolved: Resolved, directory: Path, *, resume: bool, report: Repo
 
     finetune.check(resolved.recipe)
     state = process_state()
-    with state.main_process_first():
-        if state.is_main_process:
-            _claim(directory, resume=resume)
-            (directory / "recipe.json").write_text(resolved.to_json(), encoding="utf-8")
-            record = {"world": "", "processes": state.num_processes, **_environment()}
-            (directory / "run.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    return finetune.run(resolved, directory, resume=resume, report=report)
+    with Claim(resolved, directory, resume=resume) as claim:
+        with state.main_process_first():
+            if state.is_main_process:
+                _record(resolved, directory, {"world": "", "processes": state.num_processes})
+        return finetune.run(resolved, claim, report=report)
 
 
-def _claim(directory: Path, *, resume: bool) -> None:
-    """Make the run directory; raises OutputError where it holds a run that is not to be resumed."""
-    if not resume and (directory / "recipe.json").exists():
-        raise OutputError(f"{directory} already holds a training run", remedy="add --resume or choose another --out")
-    directory.mkdir(parents=True, exist_ok=True)
+def _record(resolved: Resolved, directory: Path, facts: dict[str, Any]) -> None:
+    """Write ``recipe.json``, and ``facts`` about this call into ``run.json``."""
+    (directory / "recipe.json").write_text(resolved.to_json(), encoding="utf-8")
+    text = json.dumps({**facts, **_environment()}, indent=2) + "\n"
+    (directory / "run.json").write_text(text, encoding="utf-8")
 
 
 def build_task(resolved: Resolved, report: Report, world: str | None = None) -> Any:
