@@ -129,7 +129,7 @@ class OutputDir:
         """True when run.json is there with the same identity, False for a directory to begin in."""
         there = self.read_run().get("identity")
         if there is None:
-            names = ("results.jsonl", "errors.jsonl", "index.html", "index_files")
+            names = ("results.jsonl", "errors.jsonl", "index.html")
             strangers = [name for name in names if (self.directory / name).exists()]
             if strangers and not overwrite:
                 raise OutputMismatchError(

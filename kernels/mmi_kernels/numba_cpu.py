@@ -46,8 +46,8 @@ def deform_sample_numba(
     Returns: [N, Q, H·D] in value's dtype.
 
     Raises:
-        KernelUnavailable: the tensors have no memory (fake tensors).
-        NotImplementedError: forward-mode derivatives are asked for.
+        KernelUnavailable: the tensors have no memory (fake tensors), or forward-mode derivatives go through backward.
+        RuntimeError: of torch, where forward-mode derivatives are asked for.
     """
     dtype = value.dtype
     value, locations, weights = _plain(value), _plain(locations), _plain(weights)
@@ -89,7 +89,7 @@ class _DeformSample(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, None, Tensor | None, Tensor | None]:
         if forward_ad.unpack_dual(grad_out).tangent is not None:
-            raise NotImplementedError("backend 'numba' has no forward-mode derivatives (jvp); use 'torch'")
+            raise KernelUnavailable("backend 'numba' has no forward-mode derivatives (jvp)", remedy="use 'torch'")
         value, locations, weights = ctx.saved_tensors
         plan = _plan(ctx.spatial_shapes, value.shape, weights.shape)
         grad_value = None
