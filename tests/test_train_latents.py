@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from tiny import tiny_model
 from train_rows import manifest, recipe_of
 
@@ -64,3 +65,12 @@ def test_kept_latents_change_no_bit_and_are_encoded_once(
         train(recipe_of(tmp_path, base, pairs, *trained, image=10.0), tmp_path / "trained")
     with pytest.raises(ConfigError, match="whole codec"):
         train(recipe_of(tmp_path, base, pairs, *kept, "loop.shard=fsdp", image=10.0), tmp_path / "sharded")
+
+
+def test_the_codec_keeps_its_precision_beside_halved_weights(tmp_path: Path, base: Path) -> None:
+    AcceleratorState._reset_state()  # the runs before had another precision
+    pairs = manifest(tmp_path / "pairs", "pairs")
+    words = (FROZEN, "loop.steps=1", f"data.cache={tmp_path / 'cache'}", "loop.threads=1", "loop.precision=bf16")
+    words += ("optim.frozen_dtype=bf16", "data.keep_latents=true", "loop.ema=0.0")
+    train(recipe_of(tmp_path, base, pairs, *words, image=10.0), tmp_path / "run")
+    assert all(0 < loss < 10 for loss in losses(tmp_path / "run"))

@@ -64,7 +64,7 @@ class OutputDir:
         self._state = directory / STATE_DIR
         self._scratch = self._state / f"tmp-{part.label}"
         self._pending = self._state / f"pending-{part.label}"
-        self._begun = False  # by this process: what was there before it is the user's
+        self._foreign: set[str] = set()  # pictures of the user that were here before the run
         suffix = "" if part.whole else f"-{part.label}"
         self._files = {kind: directory / f"{kind}{suffix}.jsonl" for kind in (RESULTS, ERRORS)}
         self._streams: dict[str, IO[bytes]] = {}
@@ -107,9 +107,10 @@ class OutputDir:
                     self._wipe()
                 self._clean(others)
                 self._index(others)
-                self._begun = not same
                 if not same:
-                    self.write_run({"identity": identity})
+                    foreign = self._pictures()
+                    self.write_run({"identity": identity, **({"foreign": foreign} if foreign else {})})
+                self._foreign = set(self.read_run().get("foreign", ()))
                 for kind, path in self._files.items():
                     self._streams[kind] = path.open("ab")
                 self._scratch.mkdir(parents=True, exist_ok=True)
@@ -145,6 +146,11 @@ class OutputDir:
                 remedy="choose another --out, or --overwrite to start anew",
             )
         return False
+
+    def _pictures(self) -> list[str]:
+        """PNG files where a run would put its own, relative to the folder."""
+        found = (path for pattern in ("*.png", "*/*.png") for path in self.directory.glob(pattern))
+        return sorted(path.relative_to(self.directory).as_posix() for path in found)
 
     def _wipe(self) -> None:
         """Remove what a former run left and nothing else; without its run.json its rows alone, not what they name."""
@@ -223,6 +229,12 @@ class OutputDir:
         Nothing needs to be flushed earlier, as without a row the pictures are made again, and flushing once behind all
         renames takes a third of the time.
         """
+        for name in self._foreign.intersection(media):
+            if (self.directory / name).exists():
+                raise OutputMismatchError(
+                    f"{self.directory / name} is there already and not of this run",
+                    remedy="move it away or choose another --out; the same command then goes on",
+                )
         self._pending.write_bytes(json.dumps({"id": item, "media": sorted(media)}).encode() + b"\n")
         with contextlib.ExitStack() as stack:
             drafts = []
@@ -234,12 +246,6 @@ class OutputDir:
             for (draft, stream), name in zip(drafts, media, strict=True):
                 target = self.directory / name
                 target.parent.mkdir(parents=True, exist_ok=True)
-                if self._begun and target.exists():  # later, it may be what a torn row had named
-                    self._pending.unlink()
-                    raise OutputMismatchError(
-                        f"{target} is there already and not of this run",
-                        remedy="move it away or choose another --out; the same command then goes on",
-                    )
                 stream.flush()
                 draft.replace(target)
             for _, stream in drafts:

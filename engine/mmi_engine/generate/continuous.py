@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmi_engine.errors import UsageError
 from mmi_engine.generate.reading import Prompt
 from mmi_engine.generate.settings import Settings
 from mmi_engine.generate.text import Decoder, cut, process, sample
@@ -107,6 +108,10 @@ def _choose(
 
 def _together(one: Decoder, other: Decoder) -> Decoder:
     """Both decoders' rows in ``one``: columns padded on the left, images on the right, where one has fewer."""
+    if any(getattr(layer, "is_sliding", False) for layer in (*one.cache.layers, *other.cache.layers)):
+        raise UsageError(
+            "--batching continuous does not serve language models with a sliding window", remedy="use --batching fixed"
+        )
     columns = max(one.mask.shape[1], other.mask.shape[1])
     for mine, new in zip(one.cache.layers, other.cache.layers, strict=True):
         mine.keys = torch.cat([_columns(mine.keys, columns), _columns(new.keys, columns)])

@@ -67,13 +67,18 @@ class ManifestTask:
         if recipe.optim.frozen_dtype == "int8":
             frozen.eight_bits(self.model)
         if recipe.optim.frozen_dtype != "fp32":
-            frozen.halve(self.module)
+            frozen.halve(self.module, besides=self.model.codec if self._keeps_latents else None)
         if recipe.loop.activation_checkpointing:
             adapters.checkpoint_activations(self.model)
-        self.moments = self._moments() if recipe.data.keep_latents and recipe.loss.image else None
+        self.moments = self._moments() if self._keeps_latents else None
         self.train = self._feed(train, recipe.seed, directory / "plan")
         self.val = self._feed(val, recipe.seed + 1, None)
         self.dropped: Counter[str] = Counter()
+
+    @property
+    def _keeps_latents(self) -> bool:
+        """Whether the codec encodes into the cache, in float32 as it is."""
+        return bool(self.recipe.data.keep_latents and self.recipe.loss.image)
 
     def _feed(self, sets: Sets, seed: int, folder: Path | None) -> Feed:
         data, config = self.recipe.data, self.model.config

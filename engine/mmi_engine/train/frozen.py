@@ -15,14 +15,14 @@ from mmi_engine.weights import quantize
 BASE = ".base_layer"
 
 
-def halve(model: nn.Module) -> int:
+def halve(model: nn.Module, besides: nn.Module | None = None) -> int:
     """Keep the matrices of frozen linear, convolution and embedding layers in bfloat16; returns the bytes saved.
 
-    Vectors stay: they cost nothing, and norms want them in float32.
+    Vectors stay: they cost nothing, and norms want them in float32. So does ``besides``, a part of the model.
     """
-    saved = 0
+    saved, whole = 0, set() if besides is None else set(besides.modules())
     for module in model.modules():
-        if isinstance(module, nn.Linear | nn.Conv2d | nn.Embedding):
+        if isinstance(module, nn.Linear | nn.Conv2d | nn.Embedding) and module not in whole:
             weight = module.weight
             if not weight.requires_grad and weight.dtype == torch.float32:
                 module.weight = nn.Parameter(weight.detach().to(torch.bfloat16), requires_grad=False)
