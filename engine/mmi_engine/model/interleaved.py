@@ -39,12 +39,14 @@ from mmi_engine.sequence import (
 
 @dataclass
 class Output:
-    """Losses of one batch (scalars) and logits ``[B, T, vocabulary]``; ``loss_image`` is ``None`` without pictures."""
+    """Losses of one batch (scalars), logits ``[B, T, vocabulary]`` and what the visual tokenizer made of its images;
+    ``loss_image`` is ``None`` without pictures."""
 
     loss: Tensor
     loss_text: Tensor
     loss_image: Tensor | None
     logits: Tensor
+    visual: VisualOutput
     diffusion: DiffusionResult | None = None
 
 
@@ -131,10 +133,10 @@ class MMInterleaved(nn.Module):
             loss_text = logits.sum() * 0.0  # the mean over nothing would be NaN
         loss = self.config.loss_text_weight * loss_text
         if batch.latents is None and batch.images_dec is None and batch.moments is None:
-            return Output(loss, loss_text, None, logits)
+            return Output(loss, loss_text, None, logits, visual)
         diffusion = self.image_loss(batch, hidden, visual, draws or Draws(), noise_repeats)
         loss = loss + self.config.loss_image_weight * diffusion.loss
-        return Output(loss, loss_text, diffusion.loss, logits, diffusion)
+        return Output(loss, loss_text, diffusion.loss, logits, visual, diffusion)
 
     def hidden_states(self, batch: InterleavedBatch, visual: VisualOutput) -> Tensor:
         """Hidden states ``[B, T, d]`` of a right-padded batch."""

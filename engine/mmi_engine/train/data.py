@@ -31,6 +31,7 @@ from mmi_engine.sequence import (
     tokenize,
 )
 from mmi_engine.train.cache import FRAMES, Cache
+from mmi_engine.train.words import labels
 
 SHORT_PROMPTS = ("a photo of", "Provide a one-sentence caption for the provided image.")
 LONG_PROMPTS = (
@@ -86,6 +87,7 @@ class Row:
     images: list[Reference] = field(default_factory=list)
     drawn: list[bool] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
+    told: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -95,15 +97,21 @@ class Batch:
 
     inputs: InterleavedBatch
     names: list[str]
+    words: Tensor | None = None
+    """Per image the classes of :mod:`mmi_engine.train.words`: of its detailed captions."""
+    told: Tensor | None = None
+    """Per image the classes of the text right before it."""
 
     def to(self, device: torch.device | str) -> Batch:
         """The batch on ``device``, ready for the model."""
         inputs = self.inputs.to(device)
-        return Batch(replace(inputs, images=inputs.images.permute(0, 3, 1, 2).float() / 255), self.names)
+        images = inputs.images.permute(0, 3, 1, 2).float() / 255
+        words, told = (None if part is None else part.to(device) for part in (self.words, self.told))
+        return Batch(replace(inputs, images=images), self.names, words, told)
 
     def pin_memory(self) -> Batch:
         """The batch in page-locked memory (what a loader does for CUDA)."""
-        return Batch(self.inputs.pin_memory(), self.names)
+        return replace(self, inputs=self.inputs.pin_memory())
 
 
 Builder = Callable[[dict[str, Any], int, int, np.random.Generator], Document]
@@ -205,6 +213,7 @@ class Mixture:
         row_tokens: longest row.
         per_image: placeholders of one image.
         row_images: images of every row, see :class:`mmi_engine.train.recipe.DataConfig`; 0 for any number.
+        words: batches hold the classes of :mod:`mmi_engine.train.words`.
 
     Raises:
         ConfigError: unknown task, or no task with a positive weight.
@@ -223,6 +232,7 @@ class Mixture:
         row_tokens: int,
         per_image: int,
         row_images: int = 0,
+        words: bool = False,
     ) -> None:
         unknown = sorted(set(weights) - set(BUILDERS))
         if unknown or not any(weights.values()):
@@ -231,6 +241,7 @@ class Mixture:
         self.cache, self.latents, self.scale = cache, latents, scale
         self.tokenizer, self.tokens = tokenizer, tokens
         self.seed, self.row_tokens, self.per_image, self.row_images = seed, row_tokens, per_image, row_images
+        self.words = words
         self.tasks = [task for task, weight in weights.items() if weight]
         total = sum(weights.values())
         self.edges = np.cumsum([weights[task] / total for task in self.tasks])
@@ -263,6 +274,7 @@ class Mixture:
             row.images += [piece.value for piece in document.pieces if piece.kind == "image"]
             row.drawn += document.drawn
             row.names.append(document.name)
+            row.told += texts_before(document.pieces)
         return self._filled(row)
 
     def _silent(self, document: Document, length: int) -> list[bool]:
@@ -291,6 +303,7 @@ class Mixture:
         row.silent += [True] * (len(self._blank) * missing)
         row.images += [Reference("blank", 0, 0)] * missing
         row.drawn += [False] * missing
+        row.told += [""] * missing
         return row
 
     def _ids(self, pieces: list[Piece]) -> list[int]:
@@ -315,7 +328,18 @@ class Mixture:
             latents=None if self.latents is None else self.sampled_latents(references, latent_rng),
             image_loss_mask=torch.tensor([float(flag) for row in rows for flag in row.drawn]),
         )
-        return Batch(inputs, [name for row in rows for name in row.names])
+        names = [name for row in rows for name in row.names]
+        if not self.words:
+            return Batch(inputs, names)
+        shown = [" / ".join(self._details(reference)) for reference in references]
+        return Batch(inputs, names, labels(shown), labels(text for row in rows for text in row.told))
+
+    def _details(self, reference: Reference) -> list[str]:
+        """The detailed captions of a picture; none of a map or blank."""
+        if reference.kind != "pictures":
+            return []
+        captions: list[str] = self.cache.texts(reference.story)["frames"][reference.frame]["details"]
+        return captions
 
     def pictures(self, references: list[Reference]) -> Tensor:
         """uint8 ``[N, 128, 128, 3]``; semantic maps in their palette's colours."""
@@ -336,6 +360,12 @@ class Mixture:
         sample = mean + deviation * rng.standard_normal(mean.shape, dtype=np.float32)
         drawn = np.array([r.kind == "pictures" for r in references], np.float32)[:, None, None, None]
         return torch.from_numpy(sample * drawn * self.scale)
+
+
+def texts_before(pieces: list[Piece]) -> list[str]:
+    """Per image of a document the text right before it; empty where there is none."""
+    before = [Piece("image"), *pieces]
+    return [str(a.value) if a.kind == "text" else "" for a, b in zip(before, pieces, strict=False) if b.kind == "image"]
 
 
 def mixture_counts(mixture: Mixture, rows: int) -> dict[str, int]:

@@ -10,24 +10,27 @@ of (seed, step), so a resumed run keeps the same rows.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from accelerate import PartialState
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from mmi_engine.errors import ConfigError
-from mmi_engine.model.image_decoder import ImageDecoder
+from mmi_engine.model.image_decoder import ImageDecoder, resampled_context
 from mmi_engine.model.interleaved import MMInterleaved, previous_images
 from mmi_engine.sequence import decoder_visibility, image_contexts
 from mmi_engine.train.cache import Cache
 from mmi_engine.train.interleaved import DTYPES, InterleavedTask, redraw
 from mmi_engine.train.loader import stream
 from mmi_engine.train.recipe import Recipe
+from mmi_engine.train.words import TokenWords, word_loss
 
 KEEP_BATCH = 64
 """Rows whose contexts are computed at a time."""
@@ -52,7 +55,7 @@ class Pictures:
 
     hidden ``[P, K, d_llm]`` contexts, nearest first · mask ``[P, K]`` long · features maps ``[P, M, C, h_l, w_l]`` of
     the images before · visible ``[P, M]`` · latents ``[P, C, h, w]`` scaled · seeing: how many see an image; they come
-    first.
+    first. told ``[P, classes]``: of the text before each, for :mod:`mmi_engine.train.words`.
     """
 
     hidden: Tensor
@@ -61,6 +64,7 @@ class Pictures:
     visible: Tensor
     latents: Tensor
     seeing: int
+    told: Tensor | None = None
 
 
 class Kept:
@@ -75,6 +79,7 @@ class Kept:
         self.hidden: list[Tensor] = []
         self.features: list[list[Tensor]] = []
         self.latents: list[Tensor] = []
+        self.told: list[Tensor] = []
         self.records: list[tuple[Tensor, ...]] = []
         self.images = self.rows = 0
 
@@ -98,6 +103,8 @@ class Kept:
         self.hidden.append(hidden.to(self.dtype))
         self.features.append([maps.to(self.dtype) for maps in visual.features])
         self.latents.append(inputs.latents.half())
+        if batch.told is not None:
+            self.told.append(batch.told)
         self.images, self.rows = self.images + len(inputs.images), self.rows + len(hidden)
 
     def close(self) -> None:
@@ -111,6 +118,7 @@ class Kept:
         self.states = torch.cat(padded)  # (rows, T, d)
         self.maps = [torch.cat(level) for level in zip(*self.features, strict=True)]
         self.targets = torch.cat(self.latents)
+        self.words = torch.cat(self.told) if self.told else None
         self.row, self.end, self.length, self.image, self.before, self.visible = (
             torch.cat(column) for column in zip(*self.records, strict=True)
         )
@@ -120,7 +128,7 @@ class Kept:
             )
         sees = self.visible.any(dim=1)
         self.seeing, self.blind = sees.nonzero().squeeze(1), (~sees).nonzero().squeeze(1)
-        self.hidden, self.features, self.latents, self.records = [], [], [], []
+        self.hidden, self.features, self.latents, self.told, self.records = [], [], [], [], []
 
     def count_seeing(self, pictures: int) -> int:
         """How many of so many pictures see an image: the share among all that are kept, to the nearest eighth."""
@@ -143,23 +151,59 @@ class Kept:
         hidden = self.states[self.row[chosen, None], columns.clamp(min=0)]
         features = [maps[self.before[chosen].clamp(min=0)] for maps in self.maps]
         latents = self.targets[self.image[chosen]].float()
-        return Pictures(hidden, mask.long(), features, self.visible[chosen], latents, self.count_seeing(len(draws)))
+        told = None if self.words is None else self.words[self.image[chosen]]
+        visible, seeing = self.visible[chosen], self.count_seeing(len(draws))
+        return Pictures(hidden, mask.long(), features, visible, latents, seeing, told)
+
+
+class ContextWords(nn.Module):
+    """How well context tokens tell the words before the picture, and how far they went from what they were.
+
+    Args:
+        decoder: of which the context resampler is trained; a copy of it stays as it is.
+        words, keep: weights of :func:`mmi_engine.train.words.word_loss` and of the mean squared distance.
+    """
+
+    def __init__(self, decoder: ImageDecoder, words: float, keep: float) -> None:
+        super().__init__()
+        self.words, self.keep = words, keep
+        config = decoder.config.context_resampler
+        self.head = TokenWords(config.num_queries, config.hidden_size)
+        self.projection, self.resampler = (
+            copy.deepcopy(part).requires_grad_(False) for part in (decoder.context_proj, decoder.context_resampler)
+        )
+
+    def forward(self, tokens: Tensor, hidden: Tensor, mask: Tensor, told: Tensor) -> tuple[Tensor, Tensor]:
+        """Both losses, not weighted; ``tokens`` are the context tokens of ``hidden`` and ``mask``."""
+        said = word_loss(self.head(tokens), told)
+        if not self.keep:
+            return said, torch.zeros_like(said)
+        with torch.no_grad():
+            before = resampled_context(self.projection, self.resampler, hidden.float(), mask)
+        return said, F.mse_loss(tokens.float(), before)
 
 
 class _Loss(nn.Module):
-    """L_NIP as a function of tensors alone, which is what can be recorded."""
+    """L_NIP, and the losses on context tokens, as a function of tensors alone, which is what can be recorded."""
 
-    def __init__(self, decoder: ImageDecoder, noise_repeats: int, seeing: int, dtype: torch.dtype) -> None:
+    def __init__(self, objective: ImageDecoderObjective, seeing: int) -> None:
         super().__init__()
-        self.decoder, self.noise_repeats, self.seeing, self.dtype = decoder, noise_repeats, seeing, dtype
+        self.decoder, self.words = objective.model.image_decoder, objective.words
+        self.noise_repeats, self.seeing, self.dtype = objective.noise_repeats, seeing, objective.dtype
+        self.draw, self.shift = objective.draw, objective.timestep_shift
 
-    def forward(self, hidden: Tensor, mask: Tensor, visible: Tensor, latents: Tensor, *features: Tensor) -> Tensor:
-        arguments = (hidden, mask, list(features), visible, latents, self.noise_repeats, self.seeing)
+    def forward(
+        self, hidden: Tensor, mask: Tensor, visible: Tensor, latents: Tensor, told: Tensor, *features: Tensor
+    ) -> tuple[Tensor, ...]:
+        inputs = (hidden, mask, list(features), visible, latents)
+        arguments = (*inputs, self.noise_repeats, self.seeing, self.draw, self.shift)
         if self.dtype == torch.float32:
-            return self.decoder(*arguments)
-        weights = {**dict(self.decoder.named_parameters()), **dict(self.decoder.named_buffers())}
-        cast = {n: w.to(self.dtype) if w.is_floating_point() else w for n, w in weights.items()}
-        return functional_call(self.decoder, cast, arguments)
+            loss, tokens = self.decoder(*arguments)
+        else:
+            weights = {**dict(self.decoder.named_parameters()), **dict(self.decoder.named_buffers())}
+            cast = {n: w.to(self.dtype) if w.is_floating_point() else w for n, w in weights.items()}
+            loss, tokens = functional_call(self.decoder, cast, arguments)
+        return (loss, *self.words(tokens, hidden, mask, told)) if self.words else (loss,)
 
 
 class ImageDecoderObjective(nn.Module):
@@ -167,29 +211,50 @@ class ImageDecoderObjective(nn.Module):
 
     Args:
         model: of which the image decoder is trained.
-        noise_repeats, dtype: as in :class:`mmi_engine.train.interleaved.InterleavedObjective`.
+        noise_repeats, dtype, draw: as in :class:`mmi_engine.train.interleaved.InterleavedObjective`.
         cuda_graph: record forward and backward pass on first use, and again when shapes change.
+        words, keep: see :class:`ContextWords`.
+        timestep_shift: see :func:`mmi_engine.model.image_decoder.shifted_timesteps`.
     """
 
-    def __init__(self, model: MMInterleaved, noise_repeats: int, dtype: torch.dtype, cuda_graph: bool = False) -> None:
+    def __init__(
+        self,
+        model: MMInterleaved,
+        noise_repeats: int,
+        dtype: torch.dtype,
+        cuda_graph: bool = False,
+        draw: bool = True,
+        words: float = 0.0,
+        keep: float = 0.0,
+        timestep_shift: float = 1.0,
+    ) -> None:
         super().__init__()
+        self.timestep_shift = timestep_shift
         self.model, self.noise_repeats, self.dtype, self.cuda_graph = model, noise_repeats, dtype, cuda_graph
-        self._recorded: dict[tuple[Any, ...], Callable[..., Tensor]] = {}
+        self.draw, self.words = draw, ContextWords(model.image_decoder, words, keep) if words else None
+        self._recorded: dict[tuple[Any, ...], Callable[..., tuple[Tensor, ...]]] = {}
 
     def forward(self, pictures: Pictures) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss and, detached, the same as ``image``."""
+        """The loss and, detached, its parts."""
         p = pictures
-        tensors = (p.hidden, p.mask, p.visible, p.latents, *p.features)
+        told = p.mask.new_zeros((len(p.mask), 1)) if p.told is None else p.told
+        tensors = (p.hidden, p.mask, p.visible, p.latents, told, *p.features)
         if self.cuda_graph and self.training and p.hidden.is_cuda:
-            loss = self._record(tensors, p.seeing)(*tensors)
+            losses = self._record(tensors, p.seeing)(*tensors)
         else:
-            loss = _Loss(self.model.image_decoder, self.noise_repeats, p.seeing, self.dtype)(*tensors)
-        return loss, {"image": loss.detach()}
+            losses = _Loss(self, p.seeing)(*tensors)
+        if not self.words:
+            return losses[0], {"image": losses[0].detach()}
+        image, said, moved = losses
+        parts = {"words": said.detach(), "moved": moved.detach()}
+        if self.draw:
+            parts["image"] = image.detach()
+        return image + self.words.words * said + self.words.keep * moved, parts
 
-    def _record(self, tensors: tuple[Tensor, ...], seeing: int) -> Callable[..., Tensor]:
+    def _record(self, tensors: tuple[Tensor, ...], seeing: int) -> Callable[..., tuple[Tensor, ...]]:
         key = (seeing, *[tuple(tensor.shape) for tensor in tensors])
         if key not in self._recorded:
-            core = _Loss(self.model.image_decoder, self.noise_repeats, seeing, self.dtype).train(self.training)
+            core = _Loss(self, seeing).train(self.training)
             sample = tuple(tensor.clone() for tensor in tensors)
             self._recorded = {key: torch.cuda.make_graphed_callables(core, sample, allow_unused_input=True)}
         return self._recorded[key]
@@ -212,7 +277,17 @@ class ImageDecoderTask(InterleavedTask):
         for name, parameter in self.model.image_decoder.named_parameters():
             parameter.requires_grad_(not name.startswith("codec.") and not name.endswith("ignore_token"))
         self.dtype = DTYPES[recipe.loop.precision]
-        self.module = ImageDecoderObjective(self.model, recipe.loss.noise_repeats, self.dtype, recipe.loop.cuda_graph)
+        loss = recipe.loss
+        self.module = ImageDecoderObjective(
+            self.model,
+            loss.noise_repeats,
+            self.dtype,
+            recipe.loop.cuda_graph,
+            draw=loss.image > 0,
+            words=loss.words,
+            keep=loss.keep,
+            timestep_shift=loss.timestep_shift,
+        )
         self.processes = PartialState().num_processes
         self.turn = -1
         self.kept: Kept | None = None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -34,6 +35,7 @@ from mmi_engine.train.cache import FRAMES, Cache
 from mmi_engine.train.data import Batch, Mixture, describe
 from mmi_engine.train.recipe import Recipe
 from mmi_engine.train.vae import load_codec, to_float
+from mmi_engine.train.words import MapWords, TokenWords, word_loss
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "bf16-pure": torch.bfloat16}
 """In which the weights enter the model; ``bf16`` leaves the casting to autocast."""
@@ -41,6 +43,8 @@ PREVIEW_STORIES = 3
 LATENT_ERROR = 0.1
 """Standard deviation of the noise on scaled latents that stands for errors of sampling."""
 EVALUATION_BATCH = 8
+WORD_MAP = 1
+"""Which feature map words are told from: the finest that the language model reads."""
 TOON_TOKENIZER = Path(__file__).resolve().parent.parent / "toon" / "data"
 
 
@@ -55,6 +59,7 @@ class InterleavedObjective(nn.Module):
         dtype: in which forward and backward pass compute; the weights stay in float32 and are cast for every batch.
             Unlike autocast nothing in between goes back to float32, save softmax, statistics of norms and losses.
         draw: False leaves the image decoder and its loss out.
+        words: weight of the loss of :mod:`mmi_engine.train.words` on visual tokens and the map of stride 8.
     """
 
     def __init__(
@@ -64,10 +69,15 @@ class InterleavedObjective(nn.Module):
         redrawn: float = 0.0,
         dtype: torch.dtype = torch.float32,
         draw: bool = True,
+        words: float = 0.0,
     ) -> None:
         super().__init__()
         self.model, self.noise_repeats, self.redrawn, self.dtype = model, noise_repeats, redrawn, dtype
-        self.draw = draw
+        self.draw, self.words = draw, words
+        if words:
+            config = model.config
+            self.token_words = TokenWords(config.tokens_per_image, model.language.d_model)
+            self.map_words = MapWords(config.vision.hidden_size)
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Total loss, and L_NTP and L_NIP apart."""
@@ -84,7 +94,12 @@ class InterleavedObjective(nn.Module):
         parts = {"text": output.loss_text.detach()}
         if output.loss_image is not None:
             parts["image"] = output.loss_image.detach()
-        return output.loss, parts
+        if not self.words or batch.words is None:
+            return output.loss, parts
+        tokens, feature_map = output.visual.tokens, output.visual.features[WORD_MAP]
+        said = word_loss(self.token_words(tokens), batch.words), word_loss(self.map_words(feature_map), batch.words)
+        parts["words"], parts["map_words"] = said[0].detach(), said[1].detach()
+        return output.loss + self.words * (said[0] + said[1]), parts
 
 
 @torch.no_grad()
@@ -124,13 +139,14 @@ class InterleavedTask:
             recipe.data.redrawn,
             DTYPES[recipe.loop.precision],
             draw=recipe.loss.image > 0,
+            words=recipe.loss.words if recipe.task == "interleaved" else 0.0,
         )
         for parameter in self.model.codec.parameters():
             parameter.requires_grad_(False)
         self.model.to(PartialState().device)  # encoding what is missing may as well be fast
         key = codec_key(self.model.codec)
         encoder = posterior_moments(self.model.codec)
-        needed = recipe.loss.image > 0 or recipe.data.redrawn > 0
+        needed = recipe.loss.image > 0 or recipe.data.redrawn > 0 or recipe.task == "image_decoder"
         names = [cache.encode(key, encoder, progress) if needed else None for cache in (train, val)]
         self.train, self.val = (self._mixture(*pair) for pair in zip((train, val), names, strict=True))
 
@@ -146,6 +162,7 @@ class InterleavedTask:
             row_tokens=self.recipe.data.row_tokens,
             per_image=self.model.config.tokens_per_image,
             row_images=self.recipe.data.row_images,
+            words=self.recipe.loss.words > 0,
         )
 
     def batch(self, index: int) -> Batch:
@@ -168,7 +185,7 @@ class InterleavedTask:
     @torch.no_grad()
     def evaluate(self, samples: int) -> dict[str, float]:
         """Held-out L_NTP and L_NIP over about ``samples`` rows, with the same noise every time."""
-        state, totals = torch.get_rng_state(), {"text": 0.0, "image": 0.0}
+        state, totals = torch.get_rng_state(), defaultdict[str, float](float)
         batches = max(1, samples // EVALUATION_BATCH)
         for index in range(batches):
             torch.manual_seed(index)
@@ -177,7 +194,7 @@ class InterleavedTask:
             for name, value in parts.items():
                 totals[name] += float(value) / batches
         torch.set_rng_state(state)
-        return totals if self.recipe.loss.image > 0 else {"text": totals["text"]}
+        return dict(totals)
 
     @torch.no_grad()
     def preview(self, path: Path) -> None:

@@ -58,6 +58,12 @@ class Recipe:
         require(manifests or self.loop.shard == "no", "loop.shard fsdp needs data.source manifests")
         graph = self.loop.cuda_graph
         require(not graph or self.task == "image_decoder", "loop.cuda_graph is for the task image_decoder")
+        world = self.task in ("interleaved", "image_decoder") and self.data.source == "toon"
+        require(not self.loss.words or world, "loss.words needs data.source toon")
+        shifted = self.loss.timestep_shift != 1
+        require(not shifted or self.task == "image_decoder", "loss.timestep_shift is for the task image_decoder")
+        kept = self.task == "image_decoder" and self.loss.words > 0
+        require(not self.loss.keep or kept, "loss.keep needs loss.words and the task image_decoder")
 
     @property
     def measurable(self) -> bool:

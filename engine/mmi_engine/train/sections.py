@@ -161,6 +161,14 @@ class LossConfig:
     """Noise levels drawn per image and step; the context is computed once for all of them."""
     guidance_dropout: float | None = None
     """Share of pictures that learn without their context; ``None`` leaves the model's own (0.1)."""
+    timestep_shift: float = 1.0
+    """Above 1 more of the drawn time steps are noisy ones (``image_decoder``), as in Esser et al. 2024."""
+    words: float = 0.0
+    """Weight of telling the words of a text from visual tokens and maps (``interleaved``) or from context tokens
+    (``image_decoder``) through a throw-away head, see :mod:`mmi_engine.train.words`; of the built-in world only."""
+    keep: float = 0.0
+    """Weight of the squared distance of context tokens to those of the base, beside ``words`` (``image_decoder``): the
+    U-Net goes on understanding what it understood."""
 
 
 @dataclass(frozen=True)
