@@ -7,7 +7,7 @@ Beside the losses of the model: a throw-away head reads features linearly and mu
 
 The released model starts from a visual tokenizer that was trained on captions (CLIP); the embedded one starts from
 nothing, and next-token prediction alone teaches it slowly what a picture shows. Words as classes: Joulin et al. 2016
-(Learning Visual Features from Large Weakly Supervised Data), Huang et al. 2024 (SuperClass). The heads are not exported.
+("Learning Visual Features from Large Weakly Supervised Data"), Huang et al. 2024 (SuperClass). Heads are not exported.
 """
 
 from __future__ import annotations
