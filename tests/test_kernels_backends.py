@@ -29,6 +29,7 @@ from mmi_kernels import (
     numba_cpu,
     numba_loops,
     numba_simd,
+    numba_team,
     op,
     resolve,
 )
@@ -170,6 +171,7 @@ def as_with_two_threads(monkeypatch: pytest.MonkeyPatch, loop: str, in_worker: C
             raise KeyboardInterrupt
 
     monkeypatch.setattr(numba_cpu, "_MIN_WORK_PER_THREAD", 1)
+    monkeypatch.setattr(numba_team, "available", lambda: False)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     monkeypatch.setattr(numba_loops, loop, stand_in)
 
@@ -268,6 +270,76 @@ def test_concurrent_calls_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     for worker in workers:
         worker.join()
     assert len(results) == 80 and all(torch.equal(result, expected) for result in results)
+
+
+def results(value: Tensor, *rest: object) -> list[Tensor]:
+    """Output and all gradients."""
+    leaves = [t.clone().requires_grad_() if isinstance(t, Tensor) else t for t in (value, *rest)]
+    out = deform_sample(*leaves, backend="numba")
+    out.backward(torch.linspace(-1, 1, out.numel()).reshape(out.shape))
+    return [out.detach(), *(leaf.grad for leaf in leaves if isinstance(leaf, Tensor))]
+
+
+@pytest.mark.parametrize("queries", [2, 40])  # few: not packed, so one lane is cut along its queries
+@pytest.mark.parametrize("heads", [1, 3])
+def test_threads_change_no_bit(heads: int, queries: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    value = torch.randn(1, 19, heads, 8, generator=generator)
+    places = torch.rand(1, queries, heads, 2, 4, 2, generator=generator) * 1.4 - 0.2
+    weights = torch.randn(1, queries, heads, 2, 4, generator=generator)
+    case = (value, [(3, 5), (2, 2)], places, weights)
+    monkeypatch.setattr(numba_cpu, "_MIN_WORK_PER_THREAD", 1)
+    asked: list[int] = []
+    run = numba_team._run
+    monkeypatch.setattr(numba_team, "_run", lambda *args: (asked.append(args[2]), run(*args)))
+    found = []
+    for team in (True, False):
+        monkeypatch.setattr(numba_team, "available", lambda team=team: team)
+        for threads in (1, 2, 5):
+            monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+            found.append(results(*case))
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+    assert bool(asked) == (heads > 1 or queries == 2)
+
+
+WITH_TEAM = """
+import os, sys, torch
+from mmi_kernels import numba_cpu, numba_team
+from mmi_kernels.op import deform_sample
+numba_cpu._MIN_WORK_PER_THREAD = 1
+torch.set_num_threads(2)
+torch.manual_seed(0)
+case = torch.randn(2, 19, 4, 8), ((3, 5), (2, 2)), torch.rand(2, 40, 4, 2, 4, 2), torch.randn(2, 40, 4, 2, 4)
+wanted = deform_sample(*case, backend="torch")
+def check():
+    torch.testing.assert_close(deform_sample(*case, backend="numba"), wanted, rtol=1e-4, atol=1e-5)
+"""
+
+
+def with_team(code: str, **environment: str) -> None:
+    path = os.path.dirname(os.path.dirname(mmi_kernels.__file__))
+    env = os.environ | {"PYTHONPATH": path} | environment
+    subprocess.run([sys.executable, "-c", WITH_TEAM + code], env=env, check=True, timeout=300)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="torch's threads are reached on Linux only")
+def test_a_smaller_team_than_asked_for_does_all_the_work() -> None:
+    with_team("assert numba_team.available(); check()", OMP_THREAD_LIMIT="1")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="torch's threads are reached on Linux only")
+def test_a_forked_process_does_not_wait_for_threads_it_has_not() -> None:
+    code = """
+check()
+child = os.fork()
+if child == 0:
+    assert not numba_team.available()
+    check()
+    os._exit(0)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0 and numba_team.available()
+check()
+"""
+    with_team(code)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

@@ -7,9 +7,10 @@ Contiguous float32 tensors are handed over by their address, without a copy. 16-
 result narrowed, so sums and coordinates are always float32. What shapes decide is worked out once per form and looked
 up after that: sampling for one generated token takes about as long as ten calls of a Python function.
 
-Threads: as many as `torch.get_num_threads()`, from a pool of our own running GIL-free code. numba's own threading
-layers are not used: one of them breaks under concurrent calls, another ends the process after a fork, and their
-workers fight torch's over the cores. The result does not depend on the number of threads.
+Threads: as many as `torch.get_num_threads()`, and torch's own (`numba_team.py`); where those cannot be had, a pool
+running GIL-free code. numba's threading layers are not used: one of them breaks under concurrent calls, another ends
+the process after a fork, and their workers fight torch's over the cores. The result does not depend on the number of
+threads.
 
 Source: MM-Interleaved, Eq. 4; Deformable DETR (Zhu et al. 2021), Eq. 3.
 """
@@ -28,11 +29,11 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
-from mmi_kernels import numba_loops
+from mmi_kernels import numba_loops, numba_team
 from mmi_kernels.errors import KernelUnavailable
 
 # Below this many multiply-adds a call stays in its thread: waking a worker costs about as much.
-_MIN_WORK_PER_THREAD = 2_000_000
+_MIN_WORK_PER_THREAD = 1_000_000
 
 _pool: ThreadPoolExecutor | None = None
 _pool_size = 0
@@ -102,12 +103,13 @@ class _DeformSample(torch.autograd.Function):
         tensors = (locations.data_ptr(), weights.data_ptr(), plan.slots_at, *outer)
         if 0 in tensors and grad_out.numel():
             raise _no_memory()
-        _in_parallel(
-            lambda a, b: numba_loops.sample_lanes_backward(*maps, tensors, plan.sizes, plan.group, plan.pack, a, b),
-            plan.lanes,
-            3 * plan.work,
-            (value, grad_value, locations, weights, plan, grad_out, grad_locations, grad_weights),
-        )
+        call = (*maps, tensors, plan.sizes, plan.group, plan.pack)
+        threads = _threads(plan.lanes, 3 * plan.work)
+        if threads > 1 and numba_team.available():
+            numba_team.backward(call, plan.lanes, threads)
+            return grad_value, None, grad_locations, grad_weights
+        owners = (value, grad_value, locations, weights, plan, grad_out, grad_locations, grad_weights)
+        _in_pool(lambda a, b: numba_loops.sample_lanes_backward(*call, a, b), plan.lanes, threads, owners)
         return grad_value, None, grad_locations, grad_weights
 
 
@@ -123,11 +125,17 @@ def _forward(value: Tensor, spatial_shapes: tuple[tuple[int, int], ...], locatio
     if plan.work < 2 * _MIN_WORK_PER_THREAD:
         numba_loops.sample_lanes(*call, 0, plan.lanes, 0, queries)
         return out
+    by_query = not plan.pack and plan.lanes < torch.get_num_threads()  # few lanes, so cut along the queries instead
+    size = queries if by_query else plan.lanes
+    threads = _threads(size, plan.work)
+    if threads > 1 and numba_team.available():
+        numba_team.forward(call, plan.lanes, queries, by_query, threads)
+        return out
     owners = (value, locations, weights, plan, out)
-    if plan.pack or plan.lanes >= torch.get_num_threads():
-        _in_parallel(lambda a, b: numba_loops.sample_lanes(*call, a, b, 0, queries), plan.lanes, plan.work, owners)
-    else:  # few lanes, so cut along the queries instead
-        _in_parallel(lambda a, b: numba_loops.sample_lanes(*call, 0, plan.lanes, a, b), queries, plan.work, owners)
+    if by_query:
+        _in_pool(lambda a, b: numba_loops.sample_lanes(*call, 0, plan.lanes, a, b), size, threads, owners)
+    else:
+        _in_pool(lambda a, b: numba_loops.sample_lanes(*call, a, b, 0, queries), size, threads, owners)
     return out
 
 
@@ -170,13 +178,17 @@ def _plan(spatial_shapes: tuple[tuple[int, int], ...], value: torch.Size, weight
     return _Plan((positions, queries, heads, dim, samples), rows * heads, group, pack, slots, slots.ctypes.data, work)
 
 
-def _in_parallel(call: Callable[[int, int], None], size: int, work: int, owners: tuple[Any, ...]) -> None:
+def _threads(size: int, work: int) -> int:
+    """How many threads so much work is worth that can be cut into `size` parts."""
+    return max(1, min(torch.get_num_threads(), size, work // _MIN_WORK_PER_THREAD))
+
+
+def _in_pool(call: Callable[[int, int], None], size: int, threads: int, owners: tuple[Any, ...]) -> None:
     """call(a, b) over disjoint ranges that cover [0, size), one range in this thread and one per worker.
 
     owners: whose memory `call` names by address. Every worker holds them until it is done, and this thread waits for
     the workers whatever happens: an error or an interrupt must not free what is still being written.
     """
-    threads = max(1, min(torch.get_num_threads(), size, work // _MIN_WORK_PER_THREAD))
     bounds = [size * i // threads for i in range(threads + 1)]
     if threads == 1:
         call(0, size)

@@ -51,23 +51,27 @@ _FX, _FY, _LEFT, _RIGHT, _TOP, _BOTTOM, _DOTS = (np.uint64(i * CHUNK) for i in r
 _ROWS = 19
 _ROW = 4 * CHUNK  # bytes
 _LIVE_AT, _FACTORS_AT, _DOTS_AT = 4 * _ROW, 5 * _ROW, 15 * _ROW  # bytes
-_OPTIONS = {"nogil": True, "fastmath": {"reassoc", "contract", "nsz"}, "error_model": "numpy"}
+OPTIONS = {"nogil": True, "fastmath": {"reassoc", "contract", "nsz"}, "error_model": "numpy"}
+
+
+def named_after(function: Any, source: str) -> None:
+    """Lets the name that numba files the code of `function` under tell of the file `source`, too.
+
+    numba itself notices only when the function's own file changes.
+    """
+    function.__qualname__ += "_" + hashlib.sha256(Path(source).read_bytes()).hexdigest()[:16]
 
 
 def _compile(function: Any) -> Any:
-    """njit without the GIL, cached on disk: beside this file, else in the user's cache, else not at all.
-
-    numba notices when the function's own file changes; the name it files the code under tells of `numba_simd.py`.
-    """
+    """njit without the GIL, cached on disk: beside this file, else in the user's cache, else not at all."""
     try:
-        other = hashlib.sha256(Path(numba_simd.__file__).read_bytes()).hexdigest()
-        function.__qualname__ += f"_{other[:16]}"
-        return njit(cache=True, **_OPTIONS)(function)
+        named_after(function, numba_simd.__file__)
+        return njit(cache=True, **OPTIONS)(function)
     except (OSError, RuntimeError):  # no source, or no writable place (read-only install without a home)
-        return njit(**_OPTIONS)(function)
+        return njit(**OPTIONS)(function)
 
 
-_part = njit(**_OPTIONS)
+_part = njit(**OPTIONS)
 """A part of the two entry points, which is compiled into them."""
 
 
