@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from mmi_cli import console
 from mmi_cli.options import SETTINGS
@@ -95,6 +96,17 @@ def share_environment(command: click.Command) -> None:
             parameter.envvar = [f"MMI_{name}_{option}", f"MMI_{option}"]
 
 
+def name_variable(error: click.ClickException) -> None:
+    """Say in the message of a bad value which environment variable it comes from, if from one."""
+    if not isinstance(error, click.BadParameter) or error.ctx is None or error.param is None:
+        return
+    if error.ctx.get_parameter_source(error.param.name or "") is not ParameterSource.ENVIRONMENT:
+        return
+    names = error.param.envvar or []
+    used = [name for name in ([names] if isinstance(names, str) else names) if os.environ.get(name)]
+    error.message += f" It comes from the environment: {used[0]}." if used else ""
+
+
 @click.group(
     cls=LazyGroup,
     table=COMMANDS,
@@ -127,6 +139,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except click.Abort:
         return 130
     except click.ClickException as error:
+        name_variable(error)
         error.show()
         return error.exit_code
     except BrokenPipeError:  # the reader of stdout has gone, as in `mmi … | head`

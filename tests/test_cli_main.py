@@ -80,6 +80,17 @@ def test_a_prompt_in_place_of_a_manifest_is_told_how(capsys):
     assert "mmi t2i - --out DIR" in capsys.readouterr().err
 
 
+def test_a_bad_value_from_the_environment_names_the_variable(monkeypatch, capsys):
+    monkeypatch.setenv("MMI_STEPS", "many")
+    assert main(["t2i", "rows.jsonl"]) == 2
+    assert "It comes from the environment: MMI_STEPS." in capsys.readouterr().err
+    monkeypatch.setenv("MMI_T2I_STEPS", "few")
+    assert main(["t2i", "rows.jsonl"]) == 2
+    assert "'few'" in (told := capsys.readouterr().err) and "MMI_T2I_STEPS." in told
+    assert main(["t2i", "rows.jsonl", "--steps", "lots"]) == 2
+    assert "environment" not in capsys.readouterr().err
+
+
 def test_version(capsys):
     assert main(["--version"]) == 0
     assert __version__ in capsys.readouterr().out
