@@ -246,9 +246,8 @@ class ImageDecoderObjective(nn.Module):
         if not self.words:
             return losses[0], {"image": losses[0].detach()}
         image, said, moved = losses
-        parts = {"words": said.detach(), "moved": moved.detach()}
-        if self.draw:
-            parts["image"] = image.detach()
+        found = {"words": said, "moved": moved if self.words.keep else None, "image": image if self.draw else None}
+        parts = {name: loss.detach() for name, loss in found.items() if loss is not None}
         return image + self.words.words * said + self.words.keep * moved, parts
 
     def _record(self, tensors: tuple[Tensor, ...], seeing: int) -> Callable[..., tuple[Tensor, ...]]:
