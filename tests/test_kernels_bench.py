@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mmi_engine import kernel_bench
-from mmi_kernels import bench, deform_sample
+from mmi_kernels import bench, deform_sample, memory
 from mmi_kernels.bench import CASES, Case
 
 SMALL = Case("small", 2, (4, 2), 2, 2, 16, 4, 3)
@@ -28,6 +28,9 @@ def test_rows_tell_what_was_timed() -> None:
         *(("decode", backend, "forward") for backend in ("torch", "numba")),
     ]
     assert all(row["median_ms"] > 0 and row["repeats"] >= 5 for row in result["rows"])
+    assert all(row["bandwidth_share"] is None and row["peak_mib"] >= 0 for row in result["rows"])
+    by_wall = bench.run([DECODE], seconds=0.0)["rows"]
+    assert all(row["bandwidth_share"] > 0 for row in by_wall)
     assert all(row.speedup == 1 for row in seen[::2]) and all(row.speedup > 0 for row in seen)
     assert result["machine"]["torch"] == torch.__version__
 
@@ -102,6 +105,19 @@ def test_shipped_cases_are_distinct_and_consistent() -> None:
     _, locations, _ = Case("fine", 2, (64,), 1, 2, 16, 4, 3).draw("cpu")
     centres = locations.mean((0, 2, 3, 4))
     assert torch.equal(centres > 0.5, torch.tensor([[False, False], [True, False], [False, True], [True, True]]))
+
+
+def test_memory_of_a_call_is_seen() -> None:
+    held = memory.peak_mib(lambda: torch.ones(2**22).sum())  # 16 MiB
+    if held is None:
+        pytest.skip("this system does not tell a process's high-water mark")
+    assert 15 < held < 40
+    assert memory.peak_mib(lambda: None) < 2
+
+
+def test_bytes_are_counted() -> None:
+    out = deform_sample(*(value := SMALL.draw("cpu"))[:1], SMALL.spatial_shapes, *value[1:])
+    assert SMALL.moved == sum(tensor.nbytes for tensor in (*value, out))
 
 
 def test_slug_is_a_file_name() -> None:

@@ -25,6 +25,11 @@ from mmi_engine.errors import BackendError, DeviceError, OutputError, UsageError
 Figure = dict[str, Any]
 
 OURS = ("mmi", "numba")
+_DETAILS = {
+    "spread": ("spread", "{:.0%}"),
+    "bandwidth_share": ("of copy speed", "{:.0%}"),
+    "peak_mib": ("MiB", "{:.1f}"),
+}
 _COLUMNS = ("torch", "torch compiled", "deformable-detr", "msda-triton")
 
 
@@ -50,6 +55,7 @@ def run(
     levels: Sequence[str] = (),
     pattern: str = "",
     clock: str = "wall",
+    large: bool = False,
     on_case: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Verify, then time. Returns {"machine", "figures", "troubles"}, ready for JSON.
@@ -61,6 +67,7 @@ def run(
         levels: what to time, of "op", "attention" (CUDA alone) and "module"; default all the device has.
         pattern: only cases whose name contains it.
         clock: "wall", or "processor" (on a CPU): the process's own time, to be used with one thread.
+        large: on a CPU, also the shapes that take torch seconds a call; a CUDA device always gets them.
         on_case: called with the name of each case when its first figure is there.
 
     Raises:
@@ -77,7 +84,7 @@ def run(
     rows: list[Iterator[Figure]] = []
     if levels != ["module"]:
         share = seconds * (0.8 if "module" in levels else 1.0)
-        operations = (partial(_cpu, clock) if device == "cpu" else partial(_cuda, device, levels))(
+        operations = (partial(_cpu, clock, large) if device == "cpu" else partial(_cuda, device, levels))(
             share, compiled, pattern
         )
         rows.append(operations)
@@ -104,10 +111,10 @@ def write(result: dict[str, Any], out: Path | None, picture: Path | None) -> Non
         raise OutputError(f"the figures cannot be written: {error}", remedy="choose another file") from error
 
 
-def _cpu(clock: str, seconds: float, compiled: bool, pattern: str) -> Iterator[Figure]:
+def _cpu(clock: str, large: bool, seconds: float, compiled: bool, pattern: str) -> Iterator[Figure]:
     from mmi_kernels import backends, bench
 
-    cases = [case for case in bench.CASES if pattern in case.name]
+    cases = [case for case in bench.CASES if pattern in case.name and (large or not case.large)]
     names = ["torch", *(["numba"] if backends()["numba"].available else []), *([bench.COMPILED] if compiled else [])]
     for case in cases:
         where = {"level": "op", "dtype": "float32"}
@@ -248,14 +255,23 @@ def compared(figures: Sequence[Figure]) -> list[tuple[tuple[str, str, str, str],
 
 
 def table(figures: Sequence[Figure]) -> list[tuple[str, ...]]:
-    """Rows of text, the first a header: milliseconds, and in brackets the time over ours (above 1: ours is faster)."""
+    """Rows of text, the first a header: milliseconds, and in brackets the time over ours (above 1: ours is faster).
+
+    Of ours also what was measured of spread, share of the copy bandwidth and memory.
+    """
     groups = compared(figures)
     present = {name for _, times, _ in groups for name in times}
     others = [name for name in (*_COLUMNS, *sorted(present - {*_COLUMNS, *OURS})) if name in present]
     mine = next((name for name in OURS if name in present), None)
-    rows: list[tuple[str, ...]] = [("level", "case", "dtype", "step", *([f"{mine} ms"] if mine else []), *others)]
+    own = {(f["level"], f["case"], f["dtype"], f["step"]): f for f in figures if f["name"] == mine}
+    more = {name: form for name, form in _DETAILS.items() if any(f.get(name) is not None for f in own.values())}
+    head = [f"{mine} ms", *(label for label, _ in more.values())] if mine else []
+    rows: list[tuple[str, ...]] = [("level", "case", "dtype", "step", *head, *others)]
     for key, times, ratios in groups:
         cells = [f"{times[mine]:.3f}" if mine in times else "–"] if mine else []
+        for name, (_, form) in more.items():
+            value = own.get(key, {}).get(name)
+            cells.append("–" if value is None else form.format(value))
         for name in others:
             ratio = f" ({ratios[name]:.2f}×)" if name in ratios else ""
             cells.append(f"{times[name]:.3f}{ratio}" if name in times else "–")

@@ -7,10 +7,12 @@ Verify before timing: a backend's output and gradients may be at most twice as f
 float32 reference is (plus a floor of a few units in the last place), else the case fails and is not timed.
 
 Figures per case, backend and pass ("forward", "training" = forward + backward): the median in milliseconds, the spread
-(80th minus 20th percentile over the median), and the speed relative to torch. The backends take turns within each
-repetition, every other time in reverse, and the speed is the median over repetitions of torch's time over theirs: a
-load that comes and goes, or a cache left warm, hits them alike. On a shared machine read the ratios, not the
-milliseconds, and prefer the processor clock with one thread.
+(80th minus 20th percentile over the median), the speed relative to torch, what moving every input and output once would
+take at the bandwidth of a large copy over the time taken (above 1 where they stay in the caches), and by how much a
+call raises the process's memory at most (`memory.py`, Linux). The backends take turns within each repetition, every
+other time in reverse, and the speed is the median over repetitions of torch's time over theirs: a load that comes and
+goes, or a cache left warm, hits them alike. On a shared machine read the ratios, not the milliseconds, and prefer the
+processor clock with one thread.
 
 Shapes: the MMFS calls of the released model (LLM: 16 heads × 64 channels, 8 points, levels 32², 16², 8²; image decoder:
 the same with levels 64² … 8²; vision adapter: 16 × 32, 4 points), rows and queries cut to what a CPU does in seconds,
@@ -35,6 +37,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mmi_kernels import memory
 from mmi_kernels.op import backends, deform_sample, resolve
 from mmi_kernels.reference import deform_sample_reference
 
@@ -59,6 +62,7 @@ class Case:
         offsets: "near" draws ±3 positions (standard deviation) around the query's place, as trained offsets do;
             "uniform" draws anywhere on the map.
         training: whether the call occurs in training, so that gradients are checked and timed too.
+        large: takes torch seconds a call on a CPU, so that it is timed only when asked for.
     """
 
     name: str
@@ -71,6 +75,7 @@ class Case:
     points: int
     offsets: str = "near"
     training: bool = True
+    large: bool = False
 
     @property
     def spatial_shapes(self) -> tuple[tuple[int, int], ...]:
@@ -91,6 +96,13 @@ class Case:
         weights = torch.randn(n, q, h, levels * p, generator=generator).softmax(-1).view(n, q, h, levels, p)
         return value.to(device), locations.to(device), weights.to(device)
 
+    @property
+    def moved(self) -> int:
+        """Bytes of all inputs and the output in float32."""
+        samples = self.rows * self.queries * self.heads * len(self.spatial_shapes) * self.points
+        values = self.rows * self.heads * self.dim * sum(height * width for height, width in self.spatial_shapes)
+        return 4 * (3 * samples + values + self.rows * self.queries * self.heads * self.dim)
+
     def places(self) -> Tensor:
         """[1, Q, 1, 1, 1, 2]: cell centres of the query grid where Q is a square, else the middle (as in the LLM)."""
         side = round(self.queries**0.5)
@@ -101,20 +113,23 @@ class Case:
 
 
 def _decoder(side: int, images: int) -> Case:
-    return Case(f"image decoder {side}×{side}, {images} images", 1, (64, 32, 16, 8), images, 16, 64, side * side, 8)
+    large = side == 64 or images == 10
+    name = f"image decoder {side}×{side}, {images} images"
+    return Case(name, 1, (64, 32, 16, 8), images, 16, 64, side * side, 8, large=large)
 
 
 def _language(name: str, rows: int, queries: int, images: int) -> Case:
     label = f"{name} {rows}×{queries}, {images} images"
-    return Case(label, rows, (32, 16, 8), images, 16, 64, queries, 8, training=queries > 1)
+    training, large = queries > 1, queries > 1000
+    return Case(label, rows, (32, 16, 8), images, 16, 64, queries, 8, training=training, large=large)
 
 
 CASES: tuple[Case, ...] = (
     Case("toon image decoder, training", 64, (32, 16, 8, 4), 1, 4, 16, 256, 4),
     Case("toon language model, training", 16, (16, 8, 4), 5, 4, 16, 160, 4),
     *(_language("decode", rows, 1, images) for rows in (1, 8) for images in (1, 4, 10)),
-    *(_language("prefill", 1, 256, images) for images in (1, 10)),
-    *(_decoder(side, images) for side in (8, 16, 32) for images in (1, 4)),
+    *(_language("prefill", 1, queries, images) for queries in (256, 2048) for images in (1, 10)),
+    *(_decoder(side, images) for side in (8, 16, 32, 64) for images in (1, 4, 10)),
     Case("adapter injector", 2, (32, 16, 8), 1, 16, 32, 256, 4),
     Case("adapter extractor", 2, (16,), 1, 16, 32, 1344, 4),
     Case("adapter extractor, uniform", 2, (16,), 1, 16, 32, 1344, 4, "uniform"),
@@ -123,7 +138,15 @@ CASES: tuple[Case, ...] = (
 
 @dataclass(frozen=True)
 class Row:
-    """One measured figure. `speedup` is the median of torch's time over this one's; `error` the worst error found."""
+    """One measured figure.
+
+    Attributes:
+        speedup: median of torch's time over this one's.
+        error: the worst error found.
+        bandwidth_share: what moving all inputs and outputs (with backward: three times) takes at copy speed, over the
+            median; `None` for processor time, which is not comparable.
+        peak_mib: by how much a call raised the process's memory; `None` where that cannot be told.
+    """
 
     case: str
     backend: str
@@ -133,6 +156,8 @@ class Row:
     speedup: float
     error: float
     repeats: int
+    bandwidth_share: float | None = None
+    peak_mib: float | None = None
 
 
 class VerificationError(RuntimeError):
@@ -140,7 +165,7 @@ class VerificationError(RuntimeError):
 
 
 def run(
-    cases: Sequence[Case] = CASES,
+    cases: Sequence[Case] = tuple(case for case in CASES if not case.large),
     *,
     device: torch.device | str = "cpu",
     names: Sequence[str] | None = None,
@@ -153,8 +178,7 @@ def run(
     Args:
         cases: what to time.
         device: where.
-    others = [name for name in names if name != "torch"]
-    names = ["torch", *(name if name == COMPILED else resolve(name, device) for name in others)]
+        names: backends to time beside torch; default is what "auto" takes there.
         seconds: time to spend on each case and step (at least five repetitions are made).
         clock: "wall", or "processor": CPU time of this process, which other processes hardly disturb. It counts what
             threads spend waiting for each other, so use it with one thread, and not for a GPU.
@@ -244,10 +268,27 @@ def _timed(
         torch.autograd.grad(out, leaves, pull)
 
     rows = []
+    on_cpu = torch.device(device).type == "cpu"
     for step, call in (("forward", forward), ("training", training))[: 1 + case.training]:
+        moved = case.moved * (3 if step == "training" else 1)
         for name, found in timed(partial(_finished, call, device), names, seconds, clock).items():
+            if on_cpu and clock is time.perf_counter:
+                found["bandwidth_share"] = moved / copy_bandwidth() / found["median_ms"] / 1e-3
+            found["peak_mib"] = memory.peak_mib(partial(call, name)) if on_cpu else None
             rows.append(Row(case.name, name, step, error=errors[name], **found))
     return rows
+
+
+@cache
+def copy_bandwidth() -> float:
+    """Bytes read and written per second by a copy of 256 MiB in the CPU's memory, the best of five."""
+    source, best = torch.zeros(2**28, dtype=torch.int8), float("inf")
+    target = torch.empty_like(source)
+    for _ in range(6):
+        start = time.perf_counter()
+        target.copy_(source)
+        best = min(best, time.perf_counter() - start)
+    return 2 * source.nbytes / best
 
 
 def timed(
