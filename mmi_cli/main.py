@@ -96,15 +96,16 @@ def share_environment(command: click.Command) -> None:
             parameter.envvar = [f"MMI_{name}_{option}", f"MMI_{option}"]
 
 
-def name_variable(error: click.ClickException) -> None:
-    """Say in the message of a bad value which environment variable it comes from, if from one."""
+def with_variable(error: click.ClickException) -> click.ClickException:
+    """The error of a bad value, with the environment variable that it comes from, if from one."""
     if not isinstance(error, click.BadParameter) or error.ctx is None or error.param is None:
-        return
+        return error
     if error.ctx.get_parameter_source(error.param.name or "") is not ParameterSource.ENVIRONMENT:
-        return
+        return error
     names = error.param.envvar or []
     used = [name for name in ([names] if isinstance(names, str) else names) if os.environ.get(name)]
-    error.message += f" It comes from the environment: {used[0]}." if used else ""
+    told = f"{error.message} It comes from the environment: {used[0]}." if used else error.message
+    return click.BadParameter(told, error.ctx, error.param)
 
 
 @click.group(
@@ -139,8 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except click.Abort:
         return 130
     except click.ClickException as error:
-        name_variable(error)
-        error.show()
+        with_variable(error).show()
         return error.exit_code
     except BrokenPipeError:  # the reader of stdout has gone, as in `mmi … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -107,7 +107,10 @@ def test_loss_falls_on_answers_only(pictures: cache.Cache, task: str) -> None:
         "t2i": {facts["captions"][0], facts["details"][0]},
         "seg2img": {facts["captions"][0]},
     }
-    assert text in expected[task]
+    if task == "quiz":  # answers alone; that they are true, tests/test_train_quiz.py holds
+        assert set(text.split()) <= {"yes", "no", "0", "1", "2"}
+    else:
+        assert text in expected[task]
     assert inputs.target_ids[0, -1] == TOKENS.eos  # where to stop is learnt in every task
     drawn = {"story": [1.0] * 5, "t2i": [1.0], "seg2img": [0.0, 1.0]}.get(task, [0.0])
     assert inputs.image_loss_mask.tolist() == drawn

@@ -33,7 +33,10 @@ def texts(story: int) -> dict[str, object]:
     frames = [
         {
             "captions": [f"Pip is in picture {story}{frame}."],
-            "details": [f"Pip is in picture {story}{frame} and wears a red shirt."],
+            "details": [
+                f"Pip is running on the beach near a red ball. Pip wears a red shirt with the number 1{story % 10}"
+                f" and no hat. Picture {story}{frame}."
+            ],
             "questions": [["What number is on the shirt?", f"{story}{frame}"]],
             "referring": [["the ball", f"(0{story}0,0{frame}0)(500,999)"]],
         }

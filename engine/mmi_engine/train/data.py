@@ -9,6 +9,7 @@ one does not fit; every document opens with ``<s>`` and ends with ``</s>``. Sour
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -31,6 +32,7 @@ from mmi_engine.sequence import (
     tokenize,
 )
 from mmi_engine.train.cache import FRAMES, Cache
+from mmi_engine.train.quiz import quiz
 from mmi_engine.train.words import labels
 
 SHORT_PROMPTS = ("a photo of", "Provide a one-sentence caption for the provided image.")
@@ -48,7 +50,7 @@ GROUND_RELEASED = "Provide the bounding box coordinate of the region this senten
 TURNS = 6
 """Most questions in a dialogue."""
 TRIES = 4
-"""How many documents are drawn for the gap at a row's end before the row is closed."""
+"""Documents drawn for the gap at a row's end before it is closed."""
 
 
 @dataclass(frozen=True)
@@ -151,17 +153,27 @@ def vqa_document(texts: dict[str, Any], story: int, frame: int, rng: np.random.G
     return Document(f"vqa:{story}.{frame}", pieces, 3, [False])
 
 
-def dialogue_document(texts: dict[str, Any], story: int, frame: int, rng: np.random.Generator) -> Document:
-    """One picture and several questions about it, each with its answer: the picture is encoded once for all of them."""
-    questions = texts["frames"][frame]["questions"]
-    chosen = rng.permutation(len(questions))[: int(rng.integers(3, TURNS + 1))]
-    pieces = [Piece("text", VQA_OPENING), _picture(story, frame)]
-    asked = []
-    for number in chosen:
-        question, answer = questions[int(number)]
+def _answered(name: str, picture: Piece, questions: list[Any], rng: np.random.Generator) -> Document:
+    """One picture and several (question, answer) about it: the picture is encoded once for all of them."""
+    pieces, asked = [Piece("text", VQA_OPENING), picture], []
+    for question, answer in questions:
         asked.append(len(pieces))
         pieces += [Piece("text", f"{question} {_one(rng, VQA_CLOSINGS)}"), Piece("text", answer)]
-    return Document(f"dialogue:{story}.{frame}", pieces, 2, [False], frozenset(asked))
+    return Document(name, pieces, 2, [False], frozenset(asked))
+
+
+def dialogue_document(texts: dict[str, Any], story: int, frame: int, rng: np.random.Generator) -> Document:
+    """Three to ``TURNS`` of the world's questions about a picture."""
+    questions = texts["frames"][frame]["questions"]
+    chosen = rng.permutation(len(questions))[: int(rng.integers(3, TURNS + 1))]
+    drawn = [questions[int(number)] for number in chosen]
+    return _answered(f"dialogue:{story}.{frame}", _picture(story, frame), drawn, rng)
+
+
+def quiz_document(texts: dict[str, Any], story: int, frame: int, rng: np.random.Generator) -> Document:
+    """Short questions that the world does not keep, see :mod:`mmi_engine.train.quiz`."""
+    drawn = quiz(texts["frames"][frame]["details"][0], random.Random(int(rng.integers(2**62))))
+    return _answered(f"quiz:{story}.{frame}", _picture(story, frame), drawn, rng)
 
 
 def ground_document(texts: dict[str, Any], story: int, frame: int, rng: np.random.Generator) -> Document:
@@ -195,6 +207,7 @@ BUILDERS: dict[str, Builder] = {
     "caption": caption_document,
     "vqa": vqa_document,
     "dialogue": dialogue_document,
+    "quiz": quiz_document,
     "ground": ground_document,
     "t2i": t2i_document,
     "seg2img": seg2img_document,

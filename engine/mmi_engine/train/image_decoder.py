@@ -71,11 +71,11 @@ class Kept:
     """Contexts and features of some rows on the model's device, in ``dtype``; pictures to draw in two lists.
 
     Pictures that see an image before them and those that see none are listed apart, so that every batch holds the same
-    number of each and its shapes repeat.
+    number of each and its shapes repeat. Without ``draw`` feature maps, by far the most of it, are not kept.
     """
 
-    def __init__(self, model: MMInterleaved, dtype: torch.dtype) -> None:
-        self.model, self.dtype = model, dtype
+    def __init__(self, model: MMInterleaved, dtype: torch.dtype, draw: bool = True) -> None:
+        self.model, self.dtype, self.draw = model, dtype, draw
         self.hidden: list[Tensor] = []
         self.features: list[list[Tensor]] = []
         self.latents: list[Tensor] = []
@@ -101,7 +101,7 @@ class Kept:
         record = (rows + self.rows, ends, lengths, order + self.images, before, visible)
         self.records.append(tuple(part[drawn] for part in record))
         self.hidden.append(hidden.to(self.dtype))
-        self.features.append([maps.to(self.dtype) for maps in visual.features])
+        self.features.append([maps.to(self.dtype) for maps in visual.features] if self.draw else [])
         self.latents.append(inputs.latents.half())
         if batch.told is not None:
             self.told.append(batch.told)
@@ -328,7 +328,7 @@ class ImageDecoderTask(InterleavedTask):
     def _keep(self, turn: int) -> Kept:
         rows, training = self.recipe.data.kept_rows, self.model.training
         batches = -(-rows // KEEP_BATCH)
-        kept = Kept(self.model, self.dtype)
+        kept = Kept(self.model, self.dtype, self.recipe.loss.image > 0)
         self.model.eval()
         devices = [self.model.device] if self.model.device.type == "cuda" else []
         with torch.random.fork_rng(devices):
