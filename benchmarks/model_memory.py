@@ -1,10 +1,11 @@
 """Memory estimates of `mmi model info` beside measured peaks, for random models of a few sizes on the CPU.
 
-    python benchmarks/model_memory.py [--sizes small,medium]
+    python benchmarks/model_memory.py [--sizes small,medium] [--runs 5]
 
-For every size a fresh process loads the model, reads pictures and text up to the context given, and draws one picture;
-resident memory is read after loading, after the prompt and at its peak. Prints one JSON line per size, bytes: what was
-measured above the level before loading, and what the estimate says for the same context.
+For every size fresh processes load the model, read pictures and text up to the context given, and draw one picture;
+resident memory is read after loading and at its peak. Prints one JSON line per size, bytes: what was measured above the
+level before loading, and what the estimate says for the same context. The peak of equal runs varies by a tenth with the
+timing of their threads (tiny: 418 to 458 MB); what an estimate has to cover is the largest, so that is what counts.
 """
 
 from __future__ import annotations
@@ -114,18 +115,23 @@ print(json.dumps(dict(parameters=count, weights=weights, weights_estimate=needed
 """
 
 
-def measure(size: str) -> dict:
-    """Make a model, measure it in a process of its own, remove it."""
+def measure(size: str, runs: int) -> dict:
+    """Make a model, measure it in processes of its own, remove it; the run with the largest peak."""
+    found = []
     with tempfile.TemporaryDirectory(prefix="mmi-memory-") as folder:
         make(size, Path(folder))
         command = [sys.executable, "-c", CHILD.format(paths=PATHS), folder, str(SIZES[size][4])]
-        run = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert run.returncode == 0, run.stderr
-    return {"size": size, **json.loads(run.stdout)}
+        for _ in range(runs):
+            run = subprocess.run(command, capture_output=True, text=True, check=False)
+            assert run.returncode == 0, run.stderr
+            found.append(json.loads(run.stdout))
+    return {"size": size, **max(found, key=lambda one: one["peak"])}
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", default="tiny,small,medium")
-    for name in parser.parse_args().sizes.split(","):
-        sys.stdout.write(json.dumps(measure(name)) + "\n")
+    parser.add_argument("--runs", type=int, default=5)
+    wanted = parser.parse_args()
+    for name in wanted.sizes.split(","):
+        sys.stdout.write(json.dumps(measure(name, wanted.runs)) + "\n")
