@@ -272,6 +272,22 @@ def test_concurrent_calls_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(results) == 80 and all(torch.equal(result, expected) for result in results)
 
 
+def test_shares_are_filed_under_both_files_they_are_made_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = []
+    for changed in (None, numba_loops, numba_simd):
+        with monkeypatch.context() as patch:
+            if changed is not None:
+                edited = tmp_path / "edited.py"
+                edited.write_bytes(Path(changed.__file__).read_bytes() + b"# edited\n")
+                patch.setattr(changed, "__file__", str(edited))
+            patch.setattr(numba_team, "cfunc", lambda *_, **__: lambda function: function)
+
+            def share() -> None: ...
+
+            names.append(numba_team._compiled.__wrapped__(share).__qualname__)
+    assert len(set(names)) == 3
+
+
 def results(value: Tensor, *rest: object) -> list[Tensor]:
     """Output and all gradients."""
     leaves = [t.clone().requires_grad_() if isinstance(t, Tensor) else t for t in (value, *rest)]

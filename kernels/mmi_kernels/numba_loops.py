@@ -54,12 +54,16 @@ _LIVE_AT, _FACTORS_AT, _DOTS_AT = 4 * _ROW, 5 * _ROW, 15 * _ROW  # bytes
 OPTIONS = {"nogil": True, "fastmath": {"reassoc", "contract", "nsz"}, "error_model": "numpy"}
 
 
-def named_after(function: Any, source: str) -> None:
-    """Lets the name that numba files the code of `function` under tell of the file `source`, too.
+def named_after(function: Any, *sources: str) -> None:
+    """Lets the name that numba files the code of `function` under tell of the files `sources`, too.
 
     numba itself notices only when the function's own file changes.
+
+    Raises:
+        OSError: a file cannot be read.
     """
-    function.__qualname__ += "_" + hashlib.sha256(Path(source).read_bytes()).hexdigest()[:16]
+    content = b"".join(Path(source).read_bytes() for source in sources)
+    function.__qualname__ += f"_{hashlib.sha256(content).hexdigest()[:16]}"
 
 
 def _compile(function: Any) -> Any:

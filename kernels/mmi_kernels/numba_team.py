@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ import torch
 from llvmlite import binding
 from numba import carray, cfunc, types
 
-from mmi_kernels import numba_loops
+from mmi_kernels import numba_loops, numba_simd
 from mmi_kernels.numba_loops import OPTIONS, named_after, sample_lanes, sample_lanes_backward
 
 _LIBRARY = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
@@ -87,26 +87,21 @@ def _backward(data):
 
 
 @lru_cache(maxsize=2)
-def _entry(function: Any) -> int:
-    """Address of a compiled share."""
-    signature, options = types.void(types.CPointer(types.int64)), {"error_model": OPTIONS["error_model"]}
-    named_after(function, numba_loops.__file__)
+def _compiled(function: Any) -> Any:
+    """A share as a C function of one address."""
+    make = partial(cfunc, types.void(types.CPointer(types.int64)), error_model=OPTIONS["error_model"])
     try:
-        made = cfunc(signature, cache=True, **options)(function)
-    except (OSError, RuntimeError):  # as in `numba_loops.compiled`
-        made = cfunc(signature, **options)(function)
-    _kept.append(made)
-    return int(made.address)
-
-
-_kept: list[Any] = []
+        named_after(function, numba_loops.__file__, numba_simd.__file__)
+        return make(cache=True)(function)
+    except (OSError, RuntimeError):  # as in `numba_loops`
+        return make()(function)
 
 
 def _run(function: Any, numbers: tuple[int, ...], threads: int) -> None:
     library = _library()
     assert library is not None
     data = np.array(numbers, np.int64)
-    library.GOMP_parallel(_entry(function), data.ctypes.data, threads, 0)
+    library.GOMP_parallel(_compiled(function).address, data.ctypes.data, threads, 0)
 
 
 def forward(call: tuple[Any, ...], lanes: int, queries: int, by_query: bool, threads: int) -> None:
