@@ -35,7 +35,7 @@ def bench() -> None:
     show_default=True,
     help="processor: this process's own time, for a CPU that others use too (with OMP_NUM_THREADS=1).",
 )
-@click.option("--large", is_flag=True, help="On a CPU also the largest shapes: minutes, and up to 8 GB of memory.")
+@click.option("--large", is_flag=True, help="On a CPU also the largest shapes: minutes, and up to 14 GiB of memory.")
 @click.option("--compiled", is_flag=True, help="Also time torch under torch.compile (needs a C++ compiler; slow).")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout instead of the table.")
 @click.option("--out", type=click.Path(path_type=Path), metavar="FILE", help="Write the JSON here.")
