@@ -40,6 +40,7 @@ from mmi_engine.generate.score import option_scores
 from mmi_engine.generate.settings import Settings
 from mmi_engine.generate.text import generate_text
 from mmi_engine.model.interleaved import MMInterleaved
+from mmi_engine.model.packed import packed
 from mmi_engine.model.rows import drawn_together, invariant_rows, steady
 from mmi_engine.model.vision import VisualOutput
 from mmi_engine.pieces import Piece
@@ -103,7 +104,7 @@ class Maker:
         reuse: Reuse | None = None,
         continuous: bool = False,
     ) -> None:
-        self.model, self.settings, self.continuous = steady(model), settings, continuous
+        self.model, self.settings, self.continuous = packed(steady(model)), settings, continuous
         self.reuse = reuse or Reuse()
         self.pictures = PictureStore() if pictures is None else pictures
         self.batch_size = invariant_rows(batch_size, model.device)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from mmi_engine.model.mmfs import MMFS, Shapes, relative_index
+from mmi_engine.model.packed import Packed
 from mmi_engine.model.unet import MMFSBlock
 from mmi_kernels import deform_sample
 
@@ -35,6 +36,8 @@ def literal(model: nn.Module) -> Iterator[None]:
         elif isinstance(module, MMFSBlock):
             module.out_map = lambda: None
             changed.append((module, "out_map"))
+        elif isinstance(module, Packed):
+            module.plain = True
     try:
         yield
     finally:
@@ -42,6 +45,9 @@ def literal(model: nn.Module) -> Iterator[None]:
             module.backend = backend
         for module, name in changed:
             vars(module).pop(name)
+        for module in model.modules():
+            if isinstance(module, Packed):
+                module.plain = False
 
 
 def _forward(

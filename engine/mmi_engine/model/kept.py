@@ -23,6 +23,10 @@ class Kept:
     def __init__(self) -> None:
         self.entry: tuple[tuple[Any, ...], tuple[Tensor, ...], Any] | None = None
 
+    def __reduce__(self) -> tuple[type[Kept], tuple[()]]:
+        """A copy makes its own: what is kept is tied to the addresses of the original's weights."""
+        return Kept, ()
+
     def forget(self) -> None:
         """Make it anew at the next call."""
         self.entry = None
