@@ -137,7 +137,7 @@ def test_loops_compile_where_no_cache_can_be_written(monkeypatch: pytest.MonkeyP
     from numba.core import caching
 
     monkeypatch.setattr(caching.FunctionCache._impl_class, "_locator_classes", [])
-    twice = numba_loops._compile(lambda x: 2 * x)
+    twice = numba_loops.compiled(lambda x: 2 * x)
     assert twice(21) == 42
 
 
@@ -146,7 +146,7 @@ def test_an_edited_source_is_compiled_anew(tmp_path: Path, monkeypatch: pytest.M
     import numba
 
     def hits() -> int:
-        twice = numba_loops._compile(lambda x: 2 * x)
+        twice = numba_loops.compiled(lambda x: 2 * x)
         assert twice(21) == 42
         return sum(twice.stats.cache_hits.values())
 

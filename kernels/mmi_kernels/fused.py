@@ -17,11 +17,13 @@ Source: MM-Interleaved, Eq. 4, with the ignore slot of the released model; Zhu e
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from mmi_kernels.cuda_build import ATTENTION, MMFS
 from mmi_kernels.op import backend_for, deform_sample
@@ -77,12 +79,19 @@ def mmfs_attention(
         KernelUnavailable: the named backend cannot serve this call.
     """
     dtypes = (values.dtype, offsets.dtype, logits.dtype)
-    if backend_for(backend, values, dtypes, images=visible.shape[-1]) == "cuda":
+    served_by = backend_for(backend, values, dtypes, images=visible.shape[-1])
+    if served_by == "cuda":
         from mmi_kernels import cuda_op
 
         in_cells = [(x * width, y * height) for (x, y), (height, width) in zip(scales, shapes, strict=True)]
         given = {"tables": tables, "reference": reference, "visible": visible, "rows": rows, "token": token.flatten()}
         return cuda_op.sample(values, shapes, offsets, logits, in_cells, MMFS, **given)
+    if served_by == "numba" and _without_gradients(values, offsets, logits, *tables, token):
+        index = relative_index(visible)
+        whole = tuple(map(tuple, shapes))
+        return _numba_attend()(
+            values, whole, offsets, logits, tables, reference, tuple(map(tuple, scales)), index, token.flatten(), rows
+        )
     if rows is not None:
         values = values[rows]
     heads, levels = values.shape[2], len(shapes)
@@ -93,6 +102,20 @@ def mmfs_attention(
     batch, n_query = sampled.shape[:2]
     summed = sampled.view(batch, n_query, heads, -1) + ignored * token.view(1, 1, heads, -1).to(sampled.dtype)
     return summed.flatten(2)
+
+
+def _without_gradients(*tensors: Tensor) -> bool:
+    """Whether nothing is to be differentiated or traced, so that one compiled loop may do all of it."""
+    wanted = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    return not (wanted or torch.compiler.is_compiling() or forward_ad._current_level >= 0)
+
+
+@cache
+def _numba_attend() -> Callable[..., Tensor]:
+    # An import statement in a function costs a tenth of a short call, each time.
+    from mmi_kernels.numba_cpu import attend
+
+    return attend
 
 
 def _mmfs_weights(
@@ -142,12 +165,19 @@ def deform_attention(
         [B, Q, H·D] in value's dtype. Raises as :func:`mmfs_attention`.
     """
     dtypes = (value.dtype, offsets.dtype, logits.dtype)
-    if backend_for(backend, value, dtypes) == "cuda":
+    served_by = backend_for(backend, value, dtypes)
+    if served_by == "cuda":
         from mmi_kernels import cuda_op
 
         return cuda_op.sample(
             value, shapes, offsets, logits, [(1.0, 1.0)] * len(shapes), ATTENTION, reference=reference[None]
         )
+    if served_by == "numba" and _without_gradients(value, offsets, logits):
+        whole = tuple(map(tuple, shapes))
+        scales = tuple((1 / width, 1 / height) for height, width in whole)
+        nothing = (offsets.new_zeros(2, offsets.shape[2]), logits.new_zeros(2, logits.shape[2]))
+        seen = torch.ones(1, 1, 1, dtype=torch.int32).expand(len(logits), 1, 1)
+        return _numba_attend()(value, whole, offsets, logits, nothing, reference[None], scales, seen, None, None)
     heads, levels = value.shape[2], len(shapes)
     grid = (heads, levels, logits.shape[2] // (heads * levels))
     precise = torch.promote_types(offsets.dtype, torch.float32)

@@ -29,11 +29,14 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
-from mmi_kernels import numba_loops, numba_team
+from mmi_kernels import numba_loops, numba_mmfs, numba_team
 from mmi_kernels.errors import KernelUnavailable
 
 # Below this many multiply-adds a call stays in its thread: waking a worker costs about as much.
 _MIN_WORK_PER_THREAD = 1_000_000
+
+TILE = 16384
+"""Samples whose locations and weights a thread holds at a time: 192 KiB, within a core's second-level cache."""
 
 _pool: ThreadPoolExecutor | None = None
 _pool_size = 0
@@ -137,6 +140,90 @@ def _forward(value: Tensor, spatial_shapes: tuple[tuple[int, int], ...], locatio
     else:
         _in_pool(lambda a, b: numba_loops.sample_lanes(*call, a, b, 0, queries), size, threads, owners)
     return out
+
+
+def attend(
+    values: Tensor,
+    shapes: tuple[tuple[int, int], ...],
+    offsets: Tensor,
+    logits: Tensor,
+    tables: tuple[Tensor, Tensor],
+    reference: Tensor,
+    scales: tuple[tuple[float, float], ...],
+    index: Tensor,
+    token: Tensor | None,
+    rows: Tensor | None,
+) -> Tensor:
+    """Both attentions of `fused.py` without gradients, whole (`numba_mmfs.py`).
+
+    Args:
+        values: [R, M·S, H, D].
+        shapes: (height, width) of the L levels of one image.
+        offsets: [B, Q, H·P·2], or with an own one per level [B, Q, H·L·P·2].
+        logits: [B, Q, H·L·P].
+        tables: what index r adds to offsets [K, ·] and logits [K, ·].
+        reference: [1 or B, Q, 2].
+        scales: per level, the share of the map's width and height that one unit of offset spans.
+        index: [B, 1 or Q, M], relative image index, 0 = hidden.
+        token: [H·D], the value of a further logit 0; ``None`` for a softmax without.
+        rows: [B], which row of ``values`` a sequence looks at; default its own.
+
+    Returns:
+        [B, Q, H·D] in the dtype of ``values``.
+
+    Raises:
+        KernelUnavailable: the tensors have no memory (fake tensors).
+    """
+    dtype, (batch, queries, width), levels = values.dtype, logits.shape, len(shapes)
+    heads, dim = values.shape[2:]
+    points, images = width // (heads * levels), index.shape[2]
+    plan = _plan(
+        shapes * images,
+        torch.Size((batch, *values.shape[1:])),
+        torch.Size((batch, queries, heads, images * levels, points)),
+    )
+    spans = _spans(scales)
+    index = index.to(torch.int32).contiguous()
+    sources = None if rows is None else rows.to(torch.int64).contiguous()
+    out = torch.empty(batch, queries, heads * dim)
+    floats = [_plain(t) for t in (values, offsets, logits, *tables, reference)]
+    ignored = None if token is None else _plain(token)
+    addresses = [t.data_ptr() for t in floats]
+    if (0 in addresses or index.data_ptr() == 0) and out.numel():
+        raise _no_memory()
+    inner = (0 if ignored is None else ignored.data_ptr(), 0 if sources is None else sources.data_ptr())
+    tile = max(1, min(queries, TILE // max(1, plan.sizes[4] * heads)))
+    per_level = offsets.shape[2] == 2 * width and levels > 1
+    fields = np.zeros(32, np.int64)
+    fields[: len(numba_mmfs.FIELDS)] = (
+        *(*addresses, index.data_ptr(), spans.ctypes.data, *inner, plan.slots_at, out.data_ptr()),
+        *(plan.sizes[0], queries, heads, dim, images, levels, points, len(reference), index.shape[1]),
+        *(per_level, token is not None, plan.group, plan.pack, tile),
+    )
+    _spread(fields, plan, queries, (floats, index, spans, ignored, sources, plan, out, fields))
+    return out if dtype == torch.float32 else out.to(dtype)
+
+
+def _spread(fields: np.ndarray, plan: _Plan, queries: int, owners: tuple[Any, ...]) -> None:
+    """`attend_lanes` over all lanes and queries, on as many threads as the work is worth."""
+    at, work = fields.ctypes.data, plan.work + 32 * plan.lanes * queries * plan.sizes[4]
+    if work < 2 * _MIN_WORK_PER_THREAD:
+        numba_mmfs.attend_lanes(at, 0, plan.lanes, 0, queries)
+        return
+    by_query = not plan.pack and plan.lanes < torch.get_num_threads()
+    size = queries if by_query else plan.lanes
+    threads = _threads(size, work)
+    if threads > 1 and numba_team.available():
+        numba_team.attend(at, plan.lanes, queries, by_query, threads)
+    elif by_query:
+        _in_pool(lambda a, b: numba_mmfs.attend_lanes(at, 0, plan.lanes, a, b), size, threads, owners)
+    else:
+        _in_pool(lambda a, b: numba_mmfs.attend_lanes(at, a, b, 0, queries), size, threads, owners)
+
+
+@lru_cache(maxsize=256)
+def _spans(scales: tuple[tuple[float, float], ...]) -> np.ndarray:
+    return np.asarray(scales, np.float32).reshape(-1)
 
 
 class _Plan(NamedTuple):

@@ -43,14 +43,14 @@ CHUNK = 64
 """Samples placed at once."""
 
 _ZERO, _HALF, _ONE = np.float32(0.0), np.float32(0.5), np.float32(1.0)
-# Rows of a scratch array [_ROWS, CHUNK]. As int32: the corners' positions (top left … bottom right), and whether the
+# Rows of a scratch array [ROWS, CHUNK]. As int32: the corners' positions (top left … bottom right), and whether the
 # sample is to be read at all. As float32: the corners' bilinear factors times the weight, fractions, existing columns
 # and rows (1 or 0), then four dot products per sample (backward).
 _AT00, _AT01, _AT10, _AT11, _LIVE, _C00, _C01, _C10, _C11 = (np.uint64(i * CHUNK) for i in range(9))
 _FX, _FY, _LEFT, _RIGHT, _TOP, _BOTTOM, _DOTS = (np.uint64(i * CHUNK) for i in range(9, 16))
-_ROWS = 19
-_ROW = 4 * CHUNK  # bytes
-_LIVE_AT, _FACTORS_AT, _DOTS_AT = 4 * _ROW, 5 * _ROW, 15 * _ROW  # bytes
+ROWS = 19
+ROW = 4 * CHUNK  # bytes
+_LIVE_AT, _FACTORS_AT, _DOTS_AT = 4 * ROW, 5 * ROW, 15 * ROW  # bytes
 OPTIONS = {"nogil": True, "fastmath": {"reassoc", "contract", "nsz"}, "error_model": "numpy"}
 
 
@@ -66,38 +66,38 @@ def named_after(function: Any, *sources: str) -> None:
     function.__qualname__ += f"_{hashlib.sha256(content).hexdigest()[:16]}"
 
 
-def _compile(function: Any) -> Any:
-    """njit without the GIL, cached on disk: beside this file, else in the user's cache, else not at all."""
+def compiled(function: Any) -> Any:
+    """njit without the GIL, cached on disk: beside its file, else in the user's cache, else not at all."""
     try:
-        named_after(function, numba_simd.__file__)
+        named_after(function, __file__, numba_simd.__file__)
         return njit(cache=True, **OPTIONS)(function)
     except (OSError, RuntimeError):  # no source, or no writable place (read-only install without a home)
         return njit(**OPTIONS)(function)
 
 
-_part = njit(**OPTIONS)
-"""A part of the two entry points, which is compiled into them."""
+part = njit(**OPTIONS)
+"""A part of an entry point, which is compiled into it."""
 
 
 @intrinsic
-def _pointer(typing_context: Any, address: Any) -> Any:
+def pointer(typing_context: Any, address: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.inttoptr(args[0], ir.IntType(8).as_pointer())
 
     return types.voidptr(types.int64), generate
 
 
-@_part
-def _floats(address, count):
-    return carray(_pointer(address), count, np.float32)
+@part
+def floats(address, count):
+    return carray(pointer(address), count, np.float32)
 
 
-@_part
+@part
 def _place(locations_at, weights_at, count, slots_at, columns, zeros, scratch_at):
     """Fills a scratch array for `count` samples in a row. zeros: whether samples of weight 0 are live."""
-    locations, weights = _floats(locations_at, 2 * count), _floats(weights_at, count)
-    slots, scratch = _floats(slots_at, 3 * columns), _floats(scratch_at, _ROWS * CHUNK)
-    places, columns = carray(_pointer(scratch_at), _ROWS * CHUNK, np.int32), np.uint64(columns)
+    locations, weights = floats(locations_at, 2 * count), floats(weights_at, count)
+    slots, scratch = floats(slots_at, 3 * columns), floats(scratch_at, ROWS * CHUNK)
+    places, columns = carray(pointer(scratch_at), ROWS * CHUNK, np.int32), np.uint64(columns)
     for i in range(count):
         k = np.uint64(i)
         width, height, start = slots[k], slots[columns + k], slots[columns + columns + k]
@@ -134,23 +134,23 @@ def _place(locations_at, weights_at, count, slots_at, columns, zeros, scratch_at
         scratch[_LEFT + k], scratch[_RIGHT + k], scratch[_TOP + k], scratch[_BOTTOM + k] = left, right, top, bottom
 
 
-@_part
+@part
 def _corner(maps, sample, corner, stride):
-    return maps + np.int64(load_int(sample + corner * _ROW)) * stride
+    return maps + np.int64(load_int(sample + corner * ROW)) * stride
 
 
 def _channel_loops(width: int) -> tuple[Any, Any]:
     """(gather, scatter) for `width` channels of the samples [first, last) that are placed."""
     zero, load, store, add, multiply, fma, sum4 = operations(width)
 
-    @_part
+    @part
     def fetch(maps, sample, stride):
         for corner in range(4):
             at = _corner(maps, sample, corner, stride)
             for line in range(0, 4 * width, 64):
                 prefetch(at + line)
 
-    @_part
+    @part
     def gather(maps, stride, first, last, scratch, out, ahead, later):
         """out += the samples, weighted; unless `ahead` is 0, fetches those of `later` on these maps."""
         total, lower = load(out), zero()  # two sums, for the CPU to work on side by side
@@ -158,18 +158,18 @@ def _channel_loops(width: int) -> tuple[Any, Any]:
             sample, factor = scratch + 4 * k, scratch + 4 * k + _FACTORS_AT
             if load_int(sample + _LIVE_AT) != 0:
                 total = fma(load_float(factor), load(_corner(maps, sample, 0, stride)), total)
-                lower = fma(load_float(factor + 2 * _ROW), load(_corner(maps, sample, 2, stride)), lower)
-                total = fma(load_float(factor + _ROW), load(_corner(maps, sample, 1, stride)), total)
-                lower = fma(load_float(factor + 3 * _ROW), load(_corner(maps, sample, 3, stride)), lower)
+                lower = fma(load_float(factor + 2 * ROW), load(_corner(maps, sample, 2, stride)), lower)
+                total = fma(load_float(factor + ROW), load(_corner(maps, sample, 1, stride)), total)
+                lower = fma(load_float(factor + 3 * ROW), load(_corner(maps, sample, 3, stride)), lower)
             if ahead != 0 and load_int(later + 4 * k + _LIVE_AT) != 0:
                 fetch(ahead, later + 4 * k, stride)
         store(out, add(total, lower))
 
-    @_part
+    @part
     def spread(at, factor, grad):
         store(at, fma(load_float(factor), grad, load(at)))
 
-    @_part
+    @part
     def scatter(maps, grad_maps, stride, first, last, scratch, grad_out):
         """Adds to the samples' dot products and, unless its address is 0, to grad_maps."""
         grad = load(grad_out)
@@ -184,9 +184,9 @@ def _channel_loops(width: int) -> tuple[Any, Any]:
             store4(dots, add4(load4(dots), sum4(upper0, upper1, lower0, lower1)))
             if grad_maps != 0:  # one corner after the other: clamped corners may be the same position
                 spread(grad_maps + at00, factor, grad)
-                spread(grad_maps + at01, factor + _ROW, grad)
-                spread(grad_maps + at10, factor + 2 * _ROW, grad)
-                spread(grad_maps + at11, factor + 3 * _ROW, grad)
+                spread(grad_maps + at01, factor + ROW, grad)
+                spread(grad_maps + at10, factor + 2 * ROW, grad)
+                spread(grad_maps + at11, factor + 3 * ROW, grad)
 
     return gather, scatter
 
@@ -199,8 +199,8 @@ _zero1, _load1, _store1, *_ = operations(1)
 _zero16, _load16, _store16, *_ = operations(16)
 
 
-@_part
-def _copy(source, stride, target, target_stride, positions, count):
+@part
+def copy(source, stride, target, target_stride, positions, count):
     """count floats of each position, from one stride (bytes) to another; zeros if source is 0."""
     for i in range(positions):
         a, b, end = source + i * stride, target + i * target_stride, target + i * target_stride + 4 * count
@@ -212,7 +212,7 @@ def _copy(source, stride, target, target_stride, positions, count):
             a, b = a + 4, b + 4
 
 
-@_part
+@part
 def _gather(maps, stride, first, last, scratch, out, dim, ahead, later):
     done, total = 0, 4 * dim
     while done < total:
@@ -231,7 +231,7 @@ def _gather(maps, stride, first, last, scratch, out, dim, ahead, later):
             done += 4
 
 
-@_part
+@part
 def _scatter(maps, grad_maps, stride, first, last, scratch, grad_out, dim):
     done, total, wanted = 0, 4 * dim, grad_maps != 0
     while done < total:
@@ -250,12 +250,12 @@ def _scatter(maps, grad_maps, stride, first, last, scratch, grad_out, dim):
             done += 4
 
 
-@_part
+@part
 def _fold(weights_at, count, slots_at, columns, scratch_at, into):
     """Dot products and fractions of the placed samples → their gradients of location and weight, addresses `into`."""
-    weights, slots = _floats(weights_at, count), _floats(slots_at, 3 * columns)
-    scratch, columns = _floats(scratch_at, _ROWS * CHUNK), np.uint64(columns)
-    grad_locations, grad_weights = _floats(into[0], 2 * count), _floats(into[1], count)
+    weights, slots = floats(weights_at, count), floats(slots_at, 3 * columns)
+    scratch, columns = floats(scratch_at, ROWS * CHUNK), np.uint64(columns)
+    grad_locations, grad_weights = floats(into[0], 2 * count), floats(into[1], count)
     for i in range(count):
         k = np.uint64(i)
         fx, fy, weight = scratch[_FX + k], scratch[_FY + k], weights[k]
@@ -271,7 +271,7 @@ def _fold(weights_at, count, slots_at, columns, scratch_at, into):
         grad_locations[k + k + np.uint64(1)] = (lower - upper) * weight * slots[columns + k]
 
 
-@_part
+@part
 def _after(q, h, slot, start, stop, group, samples):
     """(query, first head, first sample) of the next step; a step is a chunk of samples of one query and group."""
     if slot + CHUNK < samples:
@@ -281,7 +281,7 @@ def _after(q, h, slot, start, stop, group, samples):
     return q + 1, start, 0
 
 
-@_part
+@part
 def _place_step(tensors, sizes, group, n, q, h, stop, slot, zeros, scratch):
     """`_place` for one step."""
     _, queries, heads, _, samples = sizes
@@ -291,10 +291,11 @@ def _place_step(tensors, sizes, group, n, q, h, stop, slot, zeros, scratch):
     _place(locations + 8 * at, weights + 4 * at, count, slots + 4 * slot, group * samples, zeros, scratch)
 
 
-@_part
-def _sweep(maps, stride, tensors, sizes, group, n, heads_of, queries_of, fetch, scratch, later):
+@part
+def sweep(maps, stride, tensors, sizes, group, n, heads_of, queries_of, fetch, fresh, scratch, later):
     """`sample_lanes` for a range of heads of row n, whose maps are given; scratch and later: two scratch arrays.
 
+    fresh: out starts as zeros, else the samples are added to what stands there.
     A step is placed before the one ahead of it is gathered, which meanwhile fetches its corners, if asked to.
     """
     _, queries, heads, dim, samples = sizes
@@ -310,8 +311,8 @@ def _sweep(maps, stride, tensors, sizes, group, n, heads_of, queries_of, fetch, 
         ahead = maps + 4 * (next_h - start) * dim if fetch and next_q < last_query else 0
         together, each = min(group, stop - h), min(CHUNK, samples - slot)
         here, out = maps + 4 * (h - start) * dim, tensors[3] + 4 * ((n * queries + q) * heads + h) * dim
-        if slot == 0:
-            _copy(0, 0, out, 0, 1, together * dim)
+        if fresh and slot == 0:
+            copy(0, 0, out, 0, 1, together * dim)
         for j in range(together):
             away = 4 * j * dim
             first, soon = j * each, ahead + away if ahead != 0 else 0
@@ -320,7 +321,7 @@ def _sweep(maps, stride, tensors, sizes, group, n, heads_of, queries_of, fetch, 
         scratch, later = later, scratch
 
 
-@_compile
+@compiled
 def sample_lanes(value, tensors, sizes, group, pack, first, last, first_query, last_query):
     """Writes out for lanes [first, last) and queries [first_query, last_query).
 
@@ -332,7 +333,7 @@ def sample_lanes(value, tensors, sizes, group, pack, first, last, first_query, l
         pack: copy each group's maps together first (pays when many queries read them).
     """
     positions, _, heads, dim, _ = sizes
-    scratch = np.empty(2 * _ROWS * CHUNK, np.float32)
+    scratch = np.empty(2 * ROWS * CHUNK, np.float32)
     packed = np.empty(positions * dim * group if pack else 0, np.float32)
     scratch_at, packed_at = np.int64(scratch.ctypes.data), np.int64(packed.ctypes.data)
     for n in range(first // heads, (last + heads - 1) // heads):
@@ -342,14 +343,14 @@ def sample_lanes(value, tensors, sizes, group, pack, first, last, first_query, l
             maps, stride = value + 4 * (n * positions * heads + start) * dim, 4 * heads * dim
             if pack:
                 wide = 4 * (stop - start) * dim
-                _copy(maps, stride, packed_at, wide, positions, wide // 4)
+                copy(maps, stride, packed_at, wide, positions, wide // 4)
                 maps, stride = packed_at, wide
-            heads_of, queries_of, later = (start, stop), (first_query, last_query), scratch_at + _ROWS * _ROW
-            _sweep(maps, stride, tensors, sizes, group, n, heads_of, queries_of, not pack, scratch_at, later)
+            heads_of, queries_of, later = (start, stop), (first_query, last_query), scratch_at + ROWS * ROW
+            sweep(maps, stride, tensors, sizes, group, n, heads_of, queries_of, not pack, True, scratch_at, later)
     return scratch.size + packed.size  # alive until here: their addresses were in use
 
 
-@_part
+@part
 def _sweep_backward(maps, grad_maps, stride, tensors, sizes, group, n, start, stop, scratch):
     """`sample_lanes_backward` for heads [start, stop) of row n, whose maps are given."""
     _, queries, heads, dim, samples = sizes
@@ -358,7 +359,7 @@ def _sweep_backward(maps, grad_maps, stride, tensors, sizes, group, n, start, st
     while q < queries:
         _place_step(tensors, sizes, group, n, q, h, stop, slot, True, scratch)
         lane, together, each = (n * queries + q) * heads + h, min(group, stop - h), min(CHUNK, samples - slot)
-        _copy(0, 0, scratch + _DOTS_AT, 0, 1, 4 * together * each)
+        copy(0, 0, scratch + _DOTS_AT, 0, 1, 4 * together * each)
         for j in range(together):
             away, pull = 4 * (h - start + j) * dim, grad_out + 4 * (lane + j) * dim
             onto = grad_maps + away if grad_maps != 0 else 0
@@ -369,7 +370,7 @@ def _sweep_backward(maps, grad_maps, stride, tensors, sizes, group, n, start, st
         q, h, slot = _after(q, h, slot, start, stop, group, samples)
 
 
-@_compile
+@compiled
 def sample_lanes_backward(value, grad_value, tensors, sizes, group, pack, first, last):
     """Gradients for lanes [first, last); arguments as of `sample_lanes`.
 
@@ -378,7 +379,7 @@ def sample_lanes_backward(value, grad_value, tensors, sizes, group, pack, first,
         tensors: addresses of locations, weights, slots, grad_out, grad_locations, grad_weights.
     """
     positions, _, heads, dim, _ = sizes
-    scratch = np.empty(_ROWS * CHUNK, np.float32)
+    scratch = np.empty(ROWS * CHUNK, np.float32)
     room = positions * dim * group if pack else 0
     packed, packed_grad = np.empty(room, np.float32), np.empty(room, np.float32)
     for n in range(first // heads, (last + heads - 1) // heads):
@@ -390,11 +391,11 @@ def sample_lanes_backward(value, grad_value, tensors, sizes, group, pack, first,
             if pack:
                 wide = 4 * (stop - start) * dim
                 maps, grad_maps = np.int64(packed.ctypes.data), np.int64(packed_grad.ctypes.data)
-                _copy(value + offset, stride, maps, wide, positions, wide // 4)
-                _copy(0, 0, grad_maps, wide, positions, wide // 4)
+                copy(value + offset, stride, maps, wide, positions, wide // 4)
+                copy(0, 0, grad_maps, wide, positions, wide // 4)
                 stride = wide
             wanted = grad_maps if grad_value != 0 else 0
             _sweep_backward(maps, wanted, stride, tensors, sizes, group, n, start, stop, np.int64(scratch.ctypes.data))
             if pack and grad_value != 0:
-                _copy(grad_maps, stride, grad_value + offset, 4 * heads * dim, positions, stride // 4)
+                copy(grad_maps, stride, grad_value + offset, 4 * heads * dim, positions, stride // 4)
     return scratch.size + packed.size + packed_grad.size  # as above

@@ -26,8 +26,9 @@ import torch
 from llvmlite import binding
 from numba import carray, cfunc, types
 
-from mmi_kernels import numba_loops, numba_simd
+from mmi_kernels import numba_loops, numba_mmfs, numba_simd
 from mmi_kernels.numba_loops import OPTIONS, named_after, sample_lanes, sample_lanes_backward
+from mmi_kernels.numba_mmfs import attend_lanes
 
 _LIBRARY = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
 _SYMBOLS = {"omp_get_thread_num": "mmi_omp_thread", "omp_get_num_threads": "mmi_omp_threads"}
@@ -86,12 +87,24 @@ def _backward(data):
         sample_lanes_backward(a[0], a[1], tensors, sizes, a[13], a[14] != 0, first, last)
 
 
-@lru_cache(maxsize=2)
+def _attend(data):
+    """One thread's share of `attend_lanes`."""
+    a = carray(data, 16)
+    thread, threads = _thread(), _threads()
+    size = a[4]
+    first, last = size * thread // threads, size * (thread + 1) // threads
+    if last > first and a[1] != 0:
+        attend_lanes(a[0], 0, a[2], first, last)
+    elif last > first:
+        attend_lanes(a[0], first, last, 0, a[3])
+
+
+@lru_cache(maxsize=3)
 def _compiled(function: Any) -> Any:
     """A share as a C function of one address."""
     make = partial(cfunc, types.void(types.CPointer(types.int64)), error_model=OPTIONS["error_model"])
     try:
-        named_after(function, numba_loops.__file__, numba_simd.__file__)
+        named_after(function, numba_loops.__file__, numba_simd.__file__, numba_mmfs.__file__)
         return make(cache=True)(function)
     except (OSError, RuntimeError):  # as in `numba_loops`
         return make()(function)
@@ -120,6 +133,11 @@ def backward(call: tuple[Any, ...], lanes: int, threads: int) -> None:
     """`sample_lanes_backward(*call, …)` over all lanes; call: (value, grad_value, tensors, sizes, group, pack)."""
     value, grad_value, tensors, sizes, group, pack = call
     _run(_backward, (value, grad_value, *tensors, *sizes, group, pack, lanes), threads)
+
+
+def attend(fields: int, lanes: int, queries: int, by_query: bool, threads: int) -> None:
+    """`attend_lanes` over all lanes and queries; fields: the address of its array. The rest as for `forward`."""
+    _run(_attend, (fields, by_query, lanes, queries, queries if by_query else lanes), threads)
 
 
 if hasattr(os, "register_at_fork"):
