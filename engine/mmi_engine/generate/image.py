@@ -96,7 +96,7 @@ def denoise(
     if once:
         vision = decoder.unet.look(request.features, request.visible)
         vision = vision.repeat(2, batch) if guided and vision is not None else vision
-        vision = vision.side_by_side() if vision is not None and model.device.type == "cpu" else vision
+        vision = vision if vision is None or decoder.unet.indexes(dtype) else vision.side_by_side()
     else:
         vision = unet_anew(decoder.unet, request.features, request.visible, 1 + guided)
     tokens = request.tokens

@@ -9,6 +9,7 @@ autocast, other devices, other types than float32 and products with few rows tak
 from __future__ import annotations
 
 import platform
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
@@ -25,15 +26,23 @@ MOST_BYTES = 512 * 2**20
 """Weights of this size in all are laid out a second time; a larger model keeps its own alone."""
 
 
+_linear, _reordered, _convolution = (
+    getattr(torch.ops.mkldnn, name, None)
+    for name in ("_linear_pointwise", "_reorder_linear_weight", "_convolution_pointwise")
+)
+_reorder_kernel = getattr(torch._C._nn, "mkldnn_reorder_conv2d_weight", None)
+
+
 def available() -> bool:
     """Whether this torch has the operators and this processor gains by them."""
-    operators = ("_linear_pointwise", "_reorder_linear_weight", "_convolution_pointwise")
-    return (
-        platform.machine().lower() in ("x86_64", "amd64")
-        and torch.backends.mkldnn.is_available()
-        and all(hasattr(torch.ops.mkldnn, name) for name in operators)
-        and hasattr(torch._C._nn, "mkldnn_reorder_conv2d_weight")
-    )
+    known = None not in (_linear, _reordered, _convolution, _reorder_kernel)
+    return known and platform.machine().lower() in ("x86_64", "amd64") and torch.backends.mkldnn.is_available()
+
+
+def _reordered_kernel(weight: Tensor, *rest: Any) -> Tensor:
+    *settings, shape = rest
+    packed: Tensor = _reorder_kernel(weight.to_mkldnn(), *settings, list(shape))
+    return packed
 
 
 class Packed(nn.Module):
@@ -46,15 +55,21 @@ class Packed(nn.Module):
     plain: bool
     _packed: Kept
 
-    def _serves(self, input: Tensor) -> bool:
+    def _second(self, input: Tensor, make: Callable[[], Tensor]) -> Tensor | None:
+        """The weight in its second layout; ``None`` where the ordinary path is to be taken."""
         weight = self.weight
-        return (
-            not self.plain
-            and input.device.type == "cpu"
-            and input.dtype == weight.dtype == torch.float32
-            and type(weight) in (Tensor, nn.Parameter)
-            and self._packed.may(self.training, (weight,))
-        )
+        if (
+            self.plain
+            or self.training
+            or torch.is_grad_enabled()
+            or input.dtype != torch.float32
+            or weight.dtype != torch.float32
+            or input.device.type != "cpu"
+            or not self._packed.may(False, (weight,))
+        ):
+            return None
+        packed: Tensor = self._packed.get((weight,), make)
+        return packed
 
     def train(self, mode: bool = True) -> Any:
         """See torch; forgets the second layout."""
@@ -71,13 +86,13 @@ class PackedLinear(Packed, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """``[N, ..., in_features]`` → ``[N, ..., out_features]``, as its base class up to rounding."""
-        if input.ndim < 3 or input[0, ..., 0].numel() < FEW_ROWS or not self._serves(input):
+        shape = input.shape
+        if len(shape) < 3 or shape[1] * (shape[2] if len(shape) > 3 else 1) < FEW_ROWS:
             return nn.Linear.forward(self, input)
-        rows = input.numel() // self.in_features
-        weight = self._packed.get(
-            (self.weight,), lambda: torch.ops.mkldnn._reorder_linear_weight(self.weight.detach(), rows)
-        )
-        return torch.ops.mkldnn._linear_pointwise(input, weight, self.bias, "none", [], "")
+        weight = self._second(input, lambda: _reordered(self.weight.detach(), input.numel() // self.in_features))
+        if weight is None:
+            return nn.Linear.forward(self, input)
+        return _linear(input, weight, self.bias, "none", [], "")
 
 
 class PackedConv2d(Packed, SteadyConv2d):
@@ -86,15 +101,13 @@ class PackedConv2d(Packed, SteadyConv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """As its base class up to rounding."""
-        if input.ndim != 4 or self.padding_mode != "zeros" or not self._serves(input):
+        settings = (self.padding, self.stride, self.dilation, self.groups)
+        weight = None
+        if input.ndim == 4:
+            weight = self._second(input, lambda: _reordered_kernel(self.weight.detach(), *settings, input.shape))
+        if weight is None:
             return SteadyConv2d.forward(self, input)
-        settings = (self.padding, self.stride, self.dilation, self.groups)
-        weight = self._packed.get((self.weight,), lambda: self._reordered(input))
-        return torch.ops.mkldnn._convolution_pointwise(input, weight, self.bias, *settings, "none", [], "")
-
-    def _reordered(self, input: Tensor) -> Tensor:
-        settings = (self.padding, self.stride, self.dilation, self.groups)
-        return torch._C._nn.mkldnn_reorder_conv2d_weight(self.weight.detach().to_mkldnn(), *settings, list(input.shape))
+        return _convolution(input, weight, self.bias, *settings, "none", [], "")
 
 
 def packed(model: Model) -> Model:
@@ -108,7 +121,7 @@ def packed(model: Model) -> Model:
     if not available() or size > MOST_BYTES:
         return model
     for layer in layers:
-        if isinstance(getattr(layer, "padding", None), str):  # "same"
+        if isinstance(layer, nn.Conv2d) and (isinstance(layer.padding, str) or layer.padding_mode != "zeros"):
             continue
         layer.__class__ = kinds[type(layer)]
         layer.plain, layer._packed = False, Kept()
