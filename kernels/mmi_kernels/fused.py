@@ -87,10 +87,9 @@ def mmfs_attention(
         given = {"tables": tables, "reference": reference, "visible": visible, "rows": rows, "token": token.flatten()}
         return cuda_op.sample(values, shapes, offsets, logits, in_cells, MMFS, **given)
     if served_by == "numba" and _without_gradients(values, offsets, logits, *tables, token):
-        index = relative_index(visible)
-        whole = tuple(map(tuple, shapes))
+        spans, whole = tuple(map(tuple, scales)), tuple(map(tuple, shapes))
         return _numba_attend()(
-            values, whole, offsets, logits, tables, reference, tuple(map(tuple, scales)), index, token.flatten(), rows
+            values, whole, offsets, logits, tables, reference, spans, visible, token.flatten(), rows
         )
     if rows is not None:
         values = values[rows]

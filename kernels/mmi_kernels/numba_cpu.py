@@ -150,7 +150,7 @@ def attend(
     tables: tuple[Tensor, Tensor],
     reference: Tensor,
     scales: tuple[tuple[float, float], ...],
-    index: Tensor,
+    visible: Tensor,
     token: Tensor | None,
     rows: Tensor | None,
 ) -> Tensor:
@@ -161,10 +161,10 @@ def attend(
         shapes: (height, width) of the L levels of one image.
         offsets: [B, Q, H·P·2], or with an own one per level [B, Q, H·L·P·2].
         logits: [B, Q, H·L·P].
-        tables: what index r adds to offsets [K, ·] and logits [K, ·].
+        tables: what relative index r adds to offsets [K, ·] and logits [K, ·].
         reference: [1 or B, Q, 2].
         scales: per level, the share of the map's width and height that one unit of offset spans.
-        index: [B, 1 or Q, M], relative image index, 0 = hidden.
+        visible: [B, 1 or Q, M], 0 / 1.
         token: [H·D], the value of a further logit 0; ``None`` for a softmax without.
         rows: [B], which row of ``values`` a sequence looks at; default its own.
 
@@ -176,31 +176,31 @@ def attend(
     """
     dtype, (batch, queries, width), levels = values.dtype, logits.shape, len(shapes)
     heads, dim = values.shape[2:]
-    points, images = width // (heads * levels), index.shape[2]
+    points, images = width // (heads * levels), visible.shape[2]
     plan = _plan(
         shapes * images,
         torch.Size((batch, *values.shape[1:])),
         torch.Size((batch, queries, heads, images * levels, points)),
     )
     spans = _spans(scales)
-    index = index.to(torch.int32).contiguous()
+    visible = visible.to(torch.int32).contiguous()
     sources = None if rows is None else rows.to(torch.int64).contiguous()
     out = torch.empty(batch, queries, heads * dim)
     floats = [_plain(t) for t in (values, offsets, logits, *tables, reference)]
     ignored = None if token is None else _plain(token)
     addresses = [t.data_ptr() for t in floats]
-    if (0 in addresses or index.data_ptr() == 0) and out.numel():
+    if (0 in addresses or visible.data_ptr() == 0) and out.numel():
         raise _no_memory()
     inner = (0 if ignored is None else ignored.data_ptr(), 0 if sources is None else sources.data_ptr())
     tile = max(1, min(queries, TILE // max(1, plan.sizes[4] * heads)))
     per_level = offsets.shape[2] == 2 * width and levels > 1
     fields = np.zeros(32, np.int64)
     fields[: len(numba_mmfs.FIELDS)] = (
-        *(*addresses, index.data_ptr(), spans.ctypes.data, *inner, plan.slots_at, out.data_ptr()),
-        *(plan.sizes[0], queries, heads, dim, images, levels, points, len(reference), index.shape[1]),
+        *(*addresses, visible.data_ptr(), spans.ctypes.data, *inner, plan.slots_at, out.data_ptr()),
+        *(plan.sizes[0], queries, heads, dim, images, levels, points, len(reference), visible.shape[1]),
         *(per_level, token is not None, plan.group, plan.pack, tile),
     )
-    _spread(fields, plan, queries, (floats, index, spans, ignored, sources, plan, out, fields))
+    _spread(fields, plan, queries, (floats, visible, spans, ignored, sources, plan, out, fields))
     return out if dtype == torch.float32 else out.to(dtype)
 
 

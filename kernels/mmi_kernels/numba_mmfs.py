@@ -24,11 +24,11 @@ from numba.extending import intrinsic
 from mmi_kernels.numba_loops import CHUNK, ROW, ROWS, compiled, copy, floats, part, pointer, sweep
 
 FIELDS = (
-    "value offsets logits offset_table logit_table reference index scales token rows slots out "
+    "value offsets logits offset_table logit_table reference visible scales token rows slots out "
     "positions queries heads dim images levels points references seen_by per_level ignore group pack tile"
 ).split()
 """What the int64 array that `attend_lanes` reads holds: addresses, then sizes and switches."""
-_VALUE, _OFFSETS, _LOGITS, _OFFSET_TABLE, _LOGIT_TABLE, _REFERENCE, _INDEX, _SCALES, _TOKEN = range(9)
+_VALUE, _OFFSETS, _LOGITS, _OFFSET_TABLE, _LOGIT_TABLE, _REFERENCE, _VISIBLE, _SCALES, _TOKEN = range(9)
 _SOURCES, _SLOTS, _OUT = range(9, 12)
 _POSITIONS, _QUERIES, _HEADS, _DIM, _IMAGES, _LEVELS, _POINTS, _REFERENCES, _SEEN_BY = range(12, 21)
 _PER_LEVEL, _IGNORE, _GROUP, _PACK, _TILE = range(21, 26)
@@ -91,7 +91,7 @@ def _tile(a, n, heads_of, queries_of, locations_at, weights_at):
     batch = n + 1
     offsets = floats(a[_OFFSETS], batch * queries * heads * moved)
     logits = floats(a[_LOGITS], batch * queries * heads * each)
-    indices = carray(pointer(a[_INDEX]), batch * a[_SEEN_BY] * images, np.int32)
+    seen_of = carray(pointer(a[_VISIBLE]), batch * a[_SEEN_BY] * images, np.int32)
     scales = floats(a[_SCALES], 2 * levels)
     reference = floats(a[_REFERENCE], batch * queries * 2)
     start, stop = heads_of
@@ -105,8 +105,12 @@ def _tile(a, n, heads_of, queries_of, locations_at, weights_at):
         for h in range(start, stop):
             lane = (n * queries + q) * heads + h
             base = ((q - first) * heads + h) * samples
-            for m in range(images):
-                r, at = np.int64(indices[seen + m]), base + m * each
+            nearer = 0  # visible images at or after this one
+            for back in range(images):
+                m = images - 1 - back
+                visible = seen_of[seen + m] != 0
+                nearer += visible
+                r, at = nearer if visible else 0, base + m * each
                 logit_table = floats(a[_LOGIT_TABLE] + 4 * (r * heads + h) * each, each)
                 offset_table = floats(a[_OFFSET_TABLE] + 4 * (r * heads + h) * moved, moved)
                 for k in range(each):

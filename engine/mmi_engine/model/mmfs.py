@@ -20,7 +20,9 @@ and W_A W_q are one matrix each; training and checkpoints have them apart.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,6 +31,7 @@ from torch import Tensor, nn
 
 from mmi_engine.model.config import MMFSConfig
 from mmi_engine.model.kept import Kept, joined
+from mmi_engine.model.packed import PackedMap
 from mmi_kernels import mmfs_attention
 from mmi_kernels.fused import Shapes, relative_index
 
@@ -37,11 +40,11 @@ __all__ = ["MMFS", "Shapes", "relative_index"]
 
 @dataclass(frozen=True)
 class Derived:
-    """What follows from the weights: maps (weight, bias) to offsets and logits, from the query itself where ``fused``,
-    else from its projection; what relative index r adds to both; the ignore token."""
+    """What follows from the weights: maps to offsets and logits, from the query itself where ``fused``, else from its
+    projection; what relative index r adds to both; the ignore token."""
 
-    offsets: tuple[Tensor, Tensor]
-    logits: tuple[Tensor, Tensor]
+    offsets: Callable[[Tensor], Tensor]
+    logits: Callable[[Tensor], Tensor]
     tables: tuple[Tensor, Tensor]
     token: Tensor
     fused: bool = False
@@ -103,7 +106,7 @@ class MMFS(nn.Module):
         shapes: Shapes,
         visible: Tensor,
         rows: Tensor | None = None,
-        out: tuple[Tensor, Tensor] | None = None,
+        out: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
         """Attend.
 
@@ -115,7 +118,7 @@ class MMFS(nn.Module):
             visible: ``[B, M]`` for all queries alike or ``[B, Q', M]``; with Q' ≠ Q its last row holds for every query
                 (while decoding, a new token sees what the last prompt token saw).
             rows: ``[B]`` which row of ``values`` each sequence looks at; default its own.
-            out: weight and bias to use instead of W_o.
+            out: map to use instead of W_o.
 
         Returns:
             ``[B, Q, d_out]``. A query that sees no image yields W_o t.
@@ -131,8 +134,8 @@ class MMFS(nn.Module):
         sampled = mmfs_attention(
             values,
             shapes,
-            F.linear(projected, *derived.offsets),
-            F.linear(projected, *derived.logits),
+            derived.offsets(projected),
+            derived.logits(projected),
             derived.tables,
             reference,
             self._scales(shapes),
@@ -141,7 +144,7 @@ class MMFS(nn.Module):
             rows=rows,
             backend=self.backend,
         )
-        return self.output_proj(sampled) if out is None else F.linear(sampled, *out)
+        return (self.output_proj if out is None else out)(sampled)
 
     def _derived(self) -> Derived:
         """What depends on weights alone, kept between calls where that is safe."""
@@ -156,11 +159,11 @@ class MMFS(nn.Module):
             self.query_proj.bias,
         )
         if not self._kept.may(self.training, weights):
-            return self._derive()
-        return self._kept.get(weights, lambda: self._fuse(self._derive()))
+            return self._derive(fused=False)
+        return self._kept.get(weights, lambda: self._derive(fused=True))
 
-    def _derive(self) -> Derived:
-        """The ignore slot's rows left out of the logits; both tables."""
+    def _derive(self, fused: bool) -> Derived:
+        """The ignore slot's rows left out of the logits; both tables; ``fused``: the query's projection drawn in."""
         heads, levels, points = self.config.heads, len(self.config.levels), self.config.points
         # W (q + E[r]) + b = (W q + b) + (W E)[r]: the right-hand tables have only max_images rows.
         logit_weight = self.logits.weight.view(heads, levels, points + 1, -1)[:, :, :points].flatten(0, 2)
@@ -170,14 +173,13 @@ class MMFS(nn.Module):
             F.linear(self.image_index.weight, logit_weight),
         )
         wide = torch.promote_types(self.ignore_token.dtype, torch.float32)
-        offsets = (self.offsets.weight, self.offsets.bias)
-        return Derived(offsets, (logit_weight, logit_bias), tables, self.ignore_token.to(wide))
-
-    def _fuse(self, apart: Derived) -> Derived:
-        """The query's projection drawn into both maps."""
-        first = (self.query_proj.weight, self.query_proj.bias)
-        offsets, logits = (joined(weight, *first, bias) for weight, bias in (apart.offsets, apart.logits))
-        return Derived(offsets, logits, apart.tables, apart.token, fused=True)
+        maps = [(self.offsets.weight, self.offsets.bias), (logit_weight, logit_bias)]
+        if fused:
+            first = (self.query_proj.weight, self.query_proj.bias)
+            offsets, logits = (PackedMap(*joined(weight, *first, bias)) for weight, bias in maps)
+        else:
+            offsets, logits = (partial(F.linear, weight=weight, bias=bias) for weight, bias in maps)
+        return Derived(offsets, logits, tables, self.ignore_token.to(wide), fused)
 
     def train(self, mode: bool = True) -> MMFS:
         """See torch; forgets what was derived from the weights."""

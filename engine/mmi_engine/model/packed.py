@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmi_engine.model.kept import Kept
@@ -93,6 +94,28 @@ class PackedLinear(Packed, nn.Linear):
         if weight is None:
             return nn.Linear.forward(self, input)
         return _linear(input, weight, self.bias, "none", [], "")
+
+
+class PackedMap:
+    """A linear map that follows from weights and is no layer itself; it serves as long as what it was made of.
+
+    Args:
+        weight: ``[out_features, in_features]``.
+        bias: ``[out_features]``.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+        self.weight, self.bias = weight, bias
+        self.may = available() and weight.device.type == "cpu" and weight.dtype == torch.float32
+        self.second: Tensor | None = None
+
+    def __call__(self, input: Tensor) -> Tensor:
+        """``[N, Q, in_features]`` → ``[N, Q, out_features]``."""
+        if not self.may or input.shape[1] < FEW_ROWS or input.dtype != torch.float32:
+            return F.linear(input, self.weight, self.bias)
+        if self.second is None:
+            self.second = _reordered(self.weight, input.shape[0] * input.shape[1])
+        return _linear(input, self.second, self.bias, "none", [], "")
 
 
 class PackedConv2d(Packed, SteadyConv2d):

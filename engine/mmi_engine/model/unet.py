@@ -23,6 +23,7 @@ from mmi_engine.errors import ModelError
 from mmi_engine.model.config import MMFSConfig
 from mmi_engine.model.kept import Kept, joined
 from mmi_engine.model.mmfs import MMFS, Shapes
+from mmi_engine.model.packed import PackedMap
 from mmi_engine.model.positions import resize_grid, sincos_2d
 from mmi_kernels import resolve
 
@@ -71,15 +72,14 @@ class MMFSBlock(nn.Module):
         synced = synced.transpose(1, 2).unflatten(2, (height, width))
         return self.zero_conv(synced) if out is None else synced
 
-    def out_map(self) -> tuple[Tensor, Tensor] | None:
-        """MMFS's output projection and the zero convolution as one linear map (weight, bias); ``None`` in training."""
+    def out_map(self) -> PackedMap | None:
+        """MMFS's output projection and the zero convolution as one linear map; ``None`` in training."""
         last = self.mmfs.output_proj
         weights = (last.weight, last.bias, self.zero_conv.weight, self.zero_conv.bias)
         if not self._kept.may(self.training, weights):
             return None
-        return self._kept.get(
-            weights, lambda: joined(self.zero_conv.weight.flatten(1), last.weight, last.bias, self.zero_conv.bias)
-        )
+        zero, bias = self.zero_conv.weight.flatten(1), self.zero_conv.bias
+        return self._kept.get(weights, lambda: PackedMap(*joined(zero, last.weight, last.bias, bias)))
 
     def train(self, mode: bool = True) -> MMFSBlock:
         """See torch; forgets what was derived from the weights."""
