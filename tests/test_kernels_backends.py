@@ -170,7 +170,7 @@ def as_with_two_threads(monkeypatch: pytest.MonkeyPatch, loop: str, in_worker: C
             started.wait(10)
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(numba_cpu, "_MIN_WORK_PER_THREAD", 1)
+    monkeypatch.setattr(numba_cpu, "MIN_WORK_PER_THREAD", 1)
     monkeypatch.setattr(numba_team, "available", lambda: False)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     monkeypatch.setattr(numba_loops, loop, stand_in)
@@ -258,7 +258,7 @@ def test_forward_mode_through_backward_is_refused() -> None:
 
 
 def test_concurrent_calls_agree(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mmi_kernels.numba_cpu._MIN_WORK_PER_THREAD", 1)
+    monkeypatch.setattr("mmi_kernels.numba_cpu.MIN_WORK_PER_THREAD", 1)
     expected, results = deform_sample(*inputs(), backend="numba"), []
 
     def work() -> None:
@@ -304,7 +304,7 @@ def test_threads_change_no_bit(heads: int, queries: int, monkeypatch: pytest.Mon
     places = torch.rand(1, queries, heads, 2, 4, 2, generator=generator) * 1.4 - 0.2
     weights = torch.randn(1, queries, heads, 2, 4, generator=generator)
     case = (value, [(3, 5), (2, 2)], places, weights)
-    monkeypatch.setattr(numba_cpu, "_MIN_WORK_PER_THREAD", 1)
+    monkeypatch.setattr(numba_cpu, "MIN_WORK_PER_THREAD", 1)
     asked: list[int] = []
     run = numba_team._run
     monkeypatch.setattr(numba_team, "_run", lambda *args: (asked.append(args[2]), run(*args)))
@@ -322,7 +322,7 @@ WITH_TEAM = """
 import os, sys, torch
 from mmi_kernels import numba_cpu, numba_team
 from mmi_kernels.op import deform_sample
-numba_cpu._MIN_WORK_PER_THREAD = 1
+numba_cpu.MIN_WORK_PER_THREAD = 1
 torch.set_num_threads(2)
 torch.manual_seed(0)
 case = torch.randn(2, 19, 4, 8), ((3, 5), (2, 2)), torch.rand(2, 40, 4, 2, 4, 2), torch.randn(2, 40, 4, 2, 4)

@@ -208,7 +208,7 @@ def test_sixteen_bit_values_are_summed_in_float32(dtype: torch.dtype, backend: s
     ],
 )
 def test_numba_gives_equal_bits_for_any_neighbours_and_threads(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mmi_kernels.numba_cpu._MIN_WORK_PER_THREAD", 1)  # even these small calls use all threads
+    monkeypatch.setattr("mmi_kernels.numba_cpu.MIN_WORK_PER_THREAD", 1)  # even these small calls use all threads
     value, shapes, locations, weights = draw(case)
     pull = torch.randn(1, weights.shape[1], value.shape[2] * value.shape[3])
     alone = with_gradients("numba", (value, shapes, locations, weights), pull)

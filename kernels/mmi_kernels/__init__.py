@@ -3,7 +3,8 @@
     fused.py       mmfs_attention and deform_attention: projected queries in, sampled values out
     op.py          deform_sample: checks, picks a backend, calls it; backends(), resolve() and serving() tell which
     reference.py   pure torch, differentiable: the truth and the fallback
-    numba_cpu.py   compiled CPU form, forward and backward (imported on first use)
+    numba_cpu.py   compiled CPU form of deform_sample, forward and backward (imported on first use)
+    numba_attention.py  compiled CPU form of both attentions, forward alone
     mmfs.cu        CUDA source of both attentions and of deform_sample, forward and backward
     cuda_build.py  compiles and launches it through CuPy
     cuda_op.py     registers it as torch operators with gradients

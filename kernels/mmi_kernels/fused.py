@@ -86,11 +86,9 @@ def mmfs_attention(
         in_cells = [(x * width, y * height) for (x, y), (height, width) in zip(scales, shapes, strict=True)]
         given = {"tables": tables, "reference": reference, "visible": visible, "rows": rows, "token": token.flatten()}
         return cuda_op.sample(values, shapes, offsets, logits, in_cells, MMFS, **given)
-    if served_by == "numba" and _without_gradients(values, offsets, logits, *tables, token):
+    if served_by == "numba" and _without_gradients(values, offsets, logits, *tables, reference, token):
         spans, whole = tuple(map(tuple, scales)), tuple(map(tuple, shapes))
-        return _numba_attend()(
-            values, whole, offsets, logits, tables, reference, spans, visible, token.flatten(), rows
-        )
+        return _numba_attend()(values, whole, offsets, logits, tables, reference, spans, visible, token.flatten(), rows)
     if rows is not None:
         values = values[rows]
     heads, levels = values.shape[2], len(shapes)
@@ -112,7 +110,7 @@ def _without_gradients(*tensors: Tensor) -> bool:
 @cache
 def _numba_attend() -> Callable[..., Tensor]:
     # An import statement in a function costs a tenth of a short call, each time.
-    from mmi_kernels.numba_cpu import attend
+    from mmi_kernels.numba_attention import attend
 
     return attend
 
@@ -171,7 +169,7 @@ def deform_attention(
         return cuda_op.sample(
             value, shapes, offsets, logits, [(1.0, 1.0)] * len(shapes), ATTENTION, reference=reference[None]
         )
-    if served_by == "numba" and _without_gradients(value, offsets, logits):
+    if served_by == "numba" and _without_gradients(value, offsets, logits, reference):
         whole = tuple(map(tuple, shapes))
         scales = tuple((1 / width, 1 / height) for height, width in whole)
         nothing = (offsets.new_zeros(2, offsets.shape[2]), logits.new_zeros(2, logits.shape[2]))

@@ -29,14 +29,11 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
-from mmi_kernels import numba_loops, numba_mmfs, numba_team
+from mmi_kernels import numba_loops, numba_team
 from mmi_kernels.errors import KernelUnavailable
 
 # Below this many multiply-adds a call stays in its thread: waking a worker costs about as much.
-_MIN_WORK_PER_THREAD = 1_000_000
-
-TILE = 16384
-"""Samples whose locations and weights a thread holds at a time: 192 KiB, within a core's second-level cache."""
+MIN_WORK_PER_THREAD = 1_000_000
 
 _pool: ThreadPoolExecutor | None = None
 _pool_size = 0
@@ -54,7 +51,7 @@ def deform_sample_numba(
         RuntimeError: of torch, where forward-mode derivatives are asked for.
     """
     dtype = value.dtype
-    value, locations, weights = _plain(value), _plain(locations), _plain(weights)
+    value, locations, weights = plain(value), plain(locations), plain(weights)
     wanted = torch.is_grad_enabled() and (value.requires_grad or locations.requires_grad or weights.requires_grad)
     if wanted or forward_ad._current_level >= 0:  # autograd refuses tangents, an address would lose them
         out: Tensor = _DeformSample.apply(value, spatial_shapes, locations, weights)
@@ -67,14 +64,14 @@ deform_sample_untraced = torch.compiler.disable(deform_sample_numba)
 """`deform_sample_numba` for a function that is being traced: a graph has no addresses, so it breaks here."""
 
 
-def _plain(tensor: Tensor) -> Tensor:
+def plain(tensor: Tensor) -> Tensor:
     """The tensor in contiguous float32 with its signs in memory."""
     if tensor.dtype == torch.float32 and tensor.is_contiguous() and not tensor.is_neg():
         return tensor
     return tensor.float().contiguous().resolve_neg()
 
 
-def _no_memory() -> KernelUnavailable:
+def no_memory() -> KernelUnavailable:
     return KernelUnavailable("backend 'numba' serves tensors that have memory, not fake ones", remedy="use 'torch'")
 
 
@@ -95,138 +92,54 @@ class _DeformSample(torch.autograd.Function):
         if forward_ad.unpack_dual(grad_out).tangent is not None:
             raise KernelUnavailable("backend 'numba' has no forward-mode derivatives (jvp)", remedy="use 'torch'")
         value, locations, weights = ctx.saved_tensors
-        plan = _plan(ctx.spatial_shapes, value.shape, weights.shape)
+        plan = plan_of(ctx.spatial_shapes, value.shape, weights.shape)
         grad_value = None
         if ctx.needs_input_grad[0]:  # packed maps are written whole
             grad_value = torch.empty_like(value) if plan.pack else torch.zeros_like(value)
         grad_locations, grad_weights = torch.empty_like(locations), torch.empty_like(weights)
-        grad_out = _plain(grad_out)
+        grad_out = plain(grad_out)
         maps = value.data_ptr(), 0 if grad_value is None else grad_value.data_ptr()
         outer = grad_out.data_ptr(), grad_locations.data_ptr(), grad_weights.data_ptr()
         tensors = (locations.data_ptr(), weights.data_ptr(), plan.slots_at, *outer)
         if 0 in tensors and grad_out.numel():
-            raise _no_memory()
+            raise no_memory()
         call = (*maps, tensors, plan.sizes, plan.group, plan.pack)
-        threads = _threads(plan.lanes, 3 * plan.work)
+        threads = threads_for(plan.lanes, 3 * plan.work)
         if threads > 1 and numba_team.available():
             numba_team.backward(call, plan.lanes, threads)
             return grad_value, None, grad_locations, grad_weights
         owners = (value, grad_value, locations, weights, plan, grad_out, grad_locations, grad_weights)
-        _in_pool(lambda a, b: numba_loops.sample_lanes_backward(*call, a, b), plan.lanes, threads, owners)
+        in_pool(lambda a, b: numba_loops.sample_lanes_backward(*call, a, b), plan.lanes, threads, owners)
         return grad_value, None, grad_locations, grad_weights
 
 
 def _forward(value: Tensor, spatial_shapes: tuple[tuple[int, int], ...], locations: Tensor, weights: Tensor) -> Tensor:
     """[N, Q, H·D] from contiguous float32 tensors."""
-    plan = _plan(spatial_shapes, value.shape, weights.shape)
+    plan = plan_of(spatial_shapes, value.shape, weights.shape)
     queries = weights.shape[1]
     out = value.new_empty(weights.shape[0], queries, plan.sizes[2] * plan.sizes[3])
     tensors = (locations.data_ptr(), weights.data_ptr(), plan.slots_at, out.data_ptr())
     call = (value.data_ptr(), tensors, plan.sizes, plan.group, plan.pack)
     if 0 in tensors and out.numel():
-        raise _no_memory()
-    if plan.work < 2 * _MIN_WORK_PER_THREAD:
+        raise no_memory()
+    if plan.work < 2 * MIN_WORK_PER_THREAD:
         numba_loops.sample_lanes(*call, 0, plan.lanes, 0, queries)
         return out
     by_query = not plan.pack and plan.lanes < torch.get_num_threads()  # few lanes, so cut along the queries instead
     size = queries if by_query else plan.lanes
-    threads = _threads(size, plan.work)
+    threads = threads_for(size, plan.work)
     if threads > 1 and numba_team.available():
         numba_team.forward(call, plan.lanes, queries, by_query, threads)
         return out
     owners = (value, locations, weights, plan, out)
     if by_query:
-        _in_pool(lambda a, b: numba_loops.sample_lanes(*call, 0, plan.lanes, a, b), size, threads, owners)
+        in_pool(lambda a, b: numba_loops.sample_lanes(*call, 0, plan.lanes, a, b), size, threads, owners)
     else:
-        _in_pool(lambda a, b: numba_loops.sample_lanes(*call, a, b, 0, queries), size, threads, owners)
+        in_pool(lambda a, b: numba_loops.sample_lanes(*call, a, b, 0, queries), size, threads, owners)
     return out
 
 
-def attend(
-    values: Tensor,
-    shapes: tuple[tuple[int, int], ...],
-    offsets: Tensor,
-    logits: Tensor,
-    tables: tuple[Tensor, Tensor],
-    reference: Tensor,
-    scales: tuple[tuple[float, float], ...],
-    visible: Tensor,
-    token: Tensor | None,
-    rows: Tensor | None,
-) -> Tensor:
-    """Both attentions of `fused.py` without gradients, whole (`numba_mmfs.py`).
-
-    Args:
-        values: [R, M·S, H, D].
-        shapes: (height, width) of the L levels of one image.
-        offsets: [B, Q, H·P·2], or with an own one per level [B, Q, H·L·P·2].
-        logits: [B, Q, H·L·P].
-        tables: what relative index r adds to offsets [K, ·] and logits [K, ·].
-        reference: [1 or B, Q, 2].
-        scales: per level, the share of the map's width and height that one unit of offset spans.
-        visible: [B, 1 or Q, M], 0 / 1.
-        token: [H·D], the value of a further logit 0; ``None`` for a softmax without.
-        rows: [B], which row of ``values`` a sequence looks at; default its own.
-
-    Returns:
-        [B, Q, H·D] in the dtype of ``values``.
-
-    Raises:
-        KernelUnavailable: the tensors have no memory (fake tensors).
-    """
-    dtype, (batch, queries, width), levels = values.dtype, logits.shape, len(shapes)
-    heads, dim = values.shape[2:]
-    points, images = width // (heads * levels), visible.shape[2]
-    plan = _plan(
-        shapes * images,
-        torch.Size((batch, *values.shape[1:])),
-        torch.Size((batch, queries, heads, images * levels, points)),
-    )
-    spans = _spans(scales)
-    visible = visible.to(torch.int32).contiguous()
-    sources = None if rows is None else rows.to(torch.int64).contiguous()
-    out = torch.empty(batch, queries, heads * dim)
-    floats = [_plain(t) for t in (values, offsets, logits, *tables, reference)]
-    ignored = None if token is None else _plain(token)
-    addresses = [t.data_ptr() for t in floats]
-    if (0 in addresses or visible.data_ptr() == 0) and out.numel():
-        raise _no_memory()
-    inner = (0 if ignored is None else ignored.data_ptr(), 0 if sources is None else sources.data_ptr())
-    tile = max(1, min(queries, TILE // max(1, plan.sizes[4] * heads)))
-    per_level = offsets.shape[2] == 2 * width and levels > 1
-    fields = np.zeros(32, np.int64)
-    fields[: len(numba_mmfs.FIELDS)] = (
-        *(*addresses, visible.data_ptr(), spans.ctypes.data, *inner, plan.slots_at, out.data_ptr()),
-        *(plan.sizes[0], queries, heads, dim, images, levels, points, len(reference), visible.shape[1]),
-        *(per_level, token is not None, plan.group, plan.pack, tile),
-    )
-    _spread(fields, plan, queries, (floats, visible, spans, ignored, sources, plan, out, fields))
-    return out if dtype == torch.float32 else out.to(dtype)
-
-
-def _spread(fields: np.ndarray, plan: _Plan, queries: int, owners: tuple[Any, ...]) -> None:
-    """`attend_lanes` over all lanes and queries, on as many threads as the work is worth."""
-    at, work = fields.ctypes.data, plan.work + 32 * plan.lanes * queries * plan.sizes[4]
-    if work < 2 * _MIN_WORK_PER_THREAD:
-        numba_mmfs.attend_lanes(at, 0, plan.lanes, 0, queries)
-        return
-    by_query = not plan.pack and plan.lanes < torch.get_num_threads()
-    size = queries if by_query else plan.lanes
-    threads = _threads(size, work)
-    if threads > 1 and numba_team.available():
-        numba_team.attend(at, plan.lanes, queries, by_query, threads)
-    elif by_query:
-        _in_pool(lambda a, b: numba_mmfs.attend_lanes(at, 0, plan.lanes, a, b), size, threads, owners)
-    else:
-        _in_pool(lambda a, b: numba_mmfs.attend_lanes(at, a, b, 0, queries), size, threads, owners)
-
-
-@lru_cache(maxsize=256)
-def _spans(scales: tuple[tuple[float, float], ...]) -> np.ndarray:
-    return np.asarray(scales, np.float32).reshape(-1)
-
-
-class _Plan(NamedTuple):
+class Plan(NamedTuple):
     """What the shapes of a call decide.
 
     Attributes:
@@ -249,7 +162,7 @@ class _Plan(NamedTuple):
 
 
 @lru_cache(maxsize=256)
-def _plan(spatial_shapes: tuple[tuple[int, int], ...], value: torch.Size, weights: torch.Size) -> _Plan:
+def plan_of(spatial_shapes: tuple[tuple[int, int], ...], value: torch.Size, weights: torch.Size) -> Plan:
     """For maps and the shapes of value [N, S, H, D] and weights [N, Q, H, L, P]."""
     rows, positions, heads, dim = value
     queries, points = weights[1], weights[4]
@@ -262,15 +175,15 @@ def _plan(spatial_shapes: tuple[tuple[int, int], ...], value: torch.Size, weight
     table = np.stack([shapes[:, 1], shapes[:, 0], np.cumsum(areas) - areas])  # [3, L]
     slots = np.tile(np.repeat(table, points, axis=1), group).astype(np.float32).reshape(-1)
     work = rows * queries * heads * samples * dim * 4
-    return _Plan((positions, queries, heads, dim, samples), rows * heads, group, pack, slots, slots.ctypes.data, work)
+    return Plan((positions, queries, heads, dim, samples), rows * heads, group, pack, slots, slots.ctypes.data, work)
 
 
-def _threads(size: int, work: int) -> int:
+def threads_for(size: int, work: int) -> int:
     """How many threads so much work is worth that can be cut into `size` parts."""
-    return max(1, min(torch.get_num_threads(), size, work // _MIN_WORK_PER_THREAD))
+    return max(1, min(torch.get_num_threads(), size, work // MIN_WORK_PER_THREAD))
 
 
-def _in_pool(call: Callable[[int, int], None], size: int, threads: int, owners: tuple[Any, ...]) -> None:
+def in_pool(call: Callable[[int, int], None], size: int, threads: int, owners: tuple[Any, ...]) -> None:
     """call(a, b) over disjoint ranges that cover [0, size), one range in this thread and one per worker.
 
     owners: whose memory `call` names by address. Every worker holds them until it is done, and this thread waits for

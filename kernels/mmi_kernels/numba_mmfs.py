@@ -1,6 +1,6 @@
 """Both attentions whole on the CPU, compiled by numba: from projected queries to sampled values, forward alone.
 
-Place in the flow: `fused.py` comes here without gradients (through `numba_cpu.attend`); with gradients it makes
+Place in the flow: `fused.py` comes here without gradients (through `numba_attention.py`); with gradients it makes
 locations and weights in torch and samples through `op.deform_sample`. Here they exist for a few queries at a time, in a
 buffer that stays in the processor's cache: each thread makes those of a tile, `numba_loops.sweep` reads them, the next
 tile overwrites them. Which row of the values a sequence looks at is an index, so nothing is gathered before.
@@ -24,9 +24,10 @@ from numba.extending import intrinsic
 from mmi_kernels.numba_loops import CHUNK, ROW, ROWS, compiled, copy, floats, part, pointer, sweep
 
 FIELDS = (
-    "value offsets logits offset_table logit_table reference visible scales token rows slots out "
-    "positions queries heads dim images levels points references seen_by per_level ignore group pack tile"
-).split()
+    *("value", "offsets", "logits", "offset_table", "logit_table", "reference", "visible", "scales", "token", "rows"),
+    *("slots", "out", "positions", "queries", "heads", "dim", "images", "levels", "points", "references", "seen_by"),
+    *("per_level", "ignore", "group", "pack", "tile"),
+)
 """What the int64 array that `attend_lanes` reads holds: addresses, then sizes and switches."""
 _VALUE, _OFFSETS, _LOGITS, _OFFSET_TABLE, _LOGIT_TABLE, _REFERENCE, _VISIBLE, _SCALES, _TOKEN = range(9)
 _SOURCES, _SLOTS, _OUT = range(9, 12)
@@ -170,5 +171,18 @@ def attend_lanes(fields, first, last, first_query, last_query):
                 before = (n * queries + q) * heads * samples  # the buffers begin at query q of row n
                 tensors = (locations_at - 8 * before, weights_at - 4 * before, a[_SLOTS], a[_OUT])
                 later = scratch_at + ROWS * ROW
-                sweep(maps, stride, tensors, sizes, group, n, (start, stop), (q, until), not pack, False, scratch_at, later)
+                sweep(
+                    maps,
+                    stride,
+                    tensors,
+                    sizes,
+                    group,
+                    n,
+                    (start, stop),
+                    (q, until),
+                    not pack,
+                    False,
+                    scratch_at,
+                    later,
+                )
     return scratch.size + packed.size + located.size + weighed.size  # alive until here: their addresses were in use

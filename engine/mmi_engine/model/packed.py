@@ -134,7 +134,7 @@ class PackedConv2d(Packed, SteadyConv2d):
 
 
 def packed(model: Model) -> Model:
-    """``model`` with its linear maps and convolutions made `PackedLinear` and `PackedConv2d` in place, where that helps.
+    """``model`` with its linear maps and convolutions made `PackedLinear` and `PackedConv2d` where that helps.
 
     Names and weights stay as they are; subclasses of torch's layers (quantised, sharded, adapted ones) are left alone.
     """

@@ -217,7 +217,7 @@ class MMFSUNet(nn.Module):
 
 
 def _remember_signatures(unet: UNet2DConditionModel) -> None:
-    """diffusers asks every attention in every step which arguments its processor takes (4 % of a small U-Net's time)."""
+    """diffusers asks every attention in every step which arguments its processor takes (4 % of a small one's time)."""
     for processor in unet.attn_processors.values():
         call: Any = type(processor).__call__
         if not hasattr(call, "__signature__"):
