@@ -141,9 +141,9 @@ def test_what_is_kept_of_weights_follows_every_change_of_them() -> None:
             torch.testing.assert_close(module(*inputs), fresh.train()(*inputs), rtol=1e-12, atol=1e-12)
 
     check()
-    kept = module._kept.entry
+    kept = module.kept.entry
     check()
-    assert kept is not None and module._kept.entry is kept
+    assert kept is not None and module.kept.entry is kept
     with torch.no_grad():
         module.logits.weight.mul_(3)
     check()
@@ -163,9 +163,9 @@ def test_nothing_is_kept_where_gradients_or_other_dtypes_may_be_wanted() -> None
     inputs = tuple(i.float() if isinstance(i, torch.Tensor) else i for i in call_of())
     with torch.no_grad():
         module.train()(*inputs)
-        assert module._kept.entry is None
+        assert module.kept.entry is None
         with torch.autocast("cpu", torch.bfloat16):
             module.eval()(*inputs)
-        assert module._kept.entry is None
+        assert module.kept.entry is None
     module(*inputs).sum().backward()
-    assert module._kept.entry is None and module.image_index.weight.grad is not None
+    assert module.kept.entry is None and module.image_index.weight.grad is not None

@@ -16,6 +16,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from mmi_engine.model.language import LanguageModel
 from mmi_engine.model.mmfs import MMFS, Shapes, relative_index
 from mmi_engine.model.packed import Packed
 from mmi_engine.model.unet import MMFSBlock
@@ -38,6 +39,8 @@ def literal(model: nn.Module) -> Iterator[None]:
             changed.append((module, "out_map"))
         elif isinstance(module, Packed):
             module.plain = True
+        elif isinstance(module, LanguageModel):
+            module.lean = False
     try:
         yield
     finally:
@@ -48,6 +51,8 @@ def literal(model: nn.Module) -> Iterator[None]:
         for module in model.modules():
             if isinstance(module, Packed):
                 module.plain = False
+            elif isinstance(module, LanguageModel):
+                module.lean = True
 
 
 def _forward(
@@ -73,7 +78,7 @@ def _forward(
     repeated = module.query_proj(query[:, None].repeat(1, images, 1, 1))
     repeated = repeated + module.image_index(relative_index(visible).transpose(1, 2))  # (B, M, Q, d)
     offsets = module.offsets(repeated).view(batch, images, n_query, heads, 1, points, 2)
-    locations = reference[:, None, :, None, None, None] + offsets * offsets.new_tensor(module._scales(shapes))[:, None]
+    locations = reference[:, None, :, None, None, None] + offsets * offsets.new_tensor(module.scales(shapes))[:, None]
     logits = module.logits(repeated).view(batch, images, n_query, heads, levels, points + 1)
     logits = logits - 10000.0 * (1 - visible.to(logits.dtype)).transpose(1, 2)[..., None, None, None]
     logits[..., -1] = -math.log(images * levels)

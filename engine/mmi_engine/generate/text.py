@@ -18,6 +18,7 @@ from torch import Tensor
 from mmi_engine.generate.reading import Prompt, Reading, read
 from mmi_engine.generate.reuse import Anew, Reuse, language_anew
 from mmi_engine.generate.settings import Settings
+from mmi_engine.generate.step import token_step
 from mmi_engine.model.interleaved import MMInterleaved
 from mmi_engine.model.language import VisualContext
 
@@ -55,6 +56,7 @@ class Decoder:
         reading = reading or read(model, prompt)
         self.model, self.mask = model, reading.mask
         self.cache, visual = reading.cache, reading.visual
+        self.lean = token_step(model, self.cache)
         self._sound: Tensor | None = None
         self.logits = self._checked(model.text_head(reading.hidden[:, -1]).float())
         self.position = reading.positions[:, -1:]
@@ -92,14 +94,15 @@ class Decoder:
         """Append one token per row ``[B]``; returns the next logits ``[B, vocabulary]`` in float32."""
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(ids), 1)], dim=1)
         self.position = self.position + 1
-        hidden = self.model.language(
-            self.model.language.embed(ids[:, None]),
-            self.mask,
-            self.visual,
-            position_ids=self.position,
-            cache=self.cache,
-        )
-        self.logits = self._checked(self.model.text_head(hidden[:, -1]).float())
+        if self.lean is not None:
+            logits = self.lean(ids, self.mask, self.position, self.cache, self.visual)
+        else:
+            language = self.model.language
+            hidden = language(
+                language.embed(ids[:, None]), self.mask, self.visual, position_ids=self.position, cache=self.cache
+            )
+            logits = self.model.text_head(hidden[:, -1]).float()
+        self.logits = self._checked(logits)
         return self.logits
 
     def _checked(self, logits: Tensor) -> Tensor:

@@ -1,23 +1,23 @@
 """What follows from weights alone, computed once: tables, fused matrices.
 
-Place in the flow: `mmfs.py` and `unet.py` keep here what they derive from their own weights. Kept between calls in
+Place in the flow: modules that derive something from their own weights are `Keeps` (MMFS, the U-Net's blocks, the
+vision encoder, packed layers, the language model's single step). Kept between calls in
 evaluation without gradients, never in training, under autocast or while compiling.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class Kept:
     """Holds one result. It serves as long as every weight has the address and the version counter it was made from.
 
-    The weights' memory is held along with it, so that an address cannot come to mean another tensor. Its owner drops it
-    (`forget`) in ``train``, ``eval`` and moves, which covers changes that go past the counter (through ``.data``).
+    The weights' memory is held along with it, so that an address cannot come to mean another tensor.
     """
 
     def __init__(self) -> None:
@@ -47,6 +47,26 @@ class Kept:
         if self.entry is None or self.entry[0] != key:
             self.entry = (key, tuple(weight.detach() for weight in weights), make())
         return self.entry[2]
+
+
+class Keeps(nn.Module):
+    """A module with something `Kept`, dropped in ``train``, ``eval`` and moves: that covers changes of weights that go
+    past the version counter (through ``.data``)."""
+
+    kept: Kept
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept = Kept()
+
+    def train(self, mode: bool = True) -> Self:
+        """See torch; forgets what was derived from the weights."""
+        self.kept.forget()
+        return super().train(mode)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Self:
+        self.kept.forget()
+        return super()._apply(*args, **kwargs)
 
 
 def joined(second: Tensor, first: Tensor, bias: Tensor, then: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -21,6 +21,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from mmi_engine.errors import ModelError
 from mmi_engine.model.config import LanguageConfig, SpecialTokens
+from mmi_engine.model.kept import Keeps
 from mmi_engine.model.mmfs import MMFS, Shapes
 
 ROOM = 64
@@ -114,7 +115,7 @@ class MMFSDecoderLayer(nn.Module):
         return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
 
 
-class LanguageModel(nn.Module):
+class LanguageModel(Keeps):
     """Body of the language model with MMFS; embeddings are looked up by :meth:`embed`, logits by :class:`TextHead`.
 
     Args:
@@ -129,6 +130,7 @@ class LanguageModel(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
+        self.lean = True  # single tokens may go through `generate/step.py`
         self.body = body or self._fresh_body(config, tokens)
         library: Any = self.body.config
         self.d_model = int(library.hidden_size)

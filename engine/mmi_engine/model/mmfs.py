@@ -23,14 +23,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmi_engine.model.config import MMFSConfig
-from mmi_engine.model.kept import Kept, joined
+from mmi_engine.model.kept import Keeps, joined
 from mmi_engine.model.packed import PackedMap
 from mmi_kernels import mmfs_attention
 from mmi_kernels.fused import Shapes, relative_index
@@ -50,7 +49,7 @@ class Derived:
     fused: bool = False
 
 
-class MMFS(nn.Module):
+class MMFS(Keeps):
     """Deformable attention of queries ``[B, Q, d_query]`` over the feature maps of M images.
 
     Args:
@@ -74,7 +73,6 @@ class MMFS(nn.Module):
         self.output_proj = nn.Linear(config.width, d_out)
         self.ignore_token = nn.Parameter(torch.zeros(1, 1, 1, config.width), requires_grad=False)
         self.backend = "auto"
-        self._kept = Kept()
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -129,7 +127,7 @@ class MMFS(nn.Module):
         if visible.ndim == 3 and visible.shape[1] != n_query:
             visible = visible[:, -1]
         visible = visible[:, None] if visible.ndim == 2 else visible  # (B, 1 or Q, M)
-        derived = self._derived()
+        derived = self.derived()
         projected = query if derived.fused else self.query_proj(query)
         sampled = mmfs_attention(
             values,
@@ -138,7 +136,7 @@ class MMFS(nn.Module):
             derived.logits(projected),
             derived.tables,
             reference,
-            self._scales(shapes),
+            self.scales(shapes),
             visible,
             derived.token,
             rows=rows,
@@ -146,7 +144,7 @@ class MMFS(nn.Module):
         )
         return (self.output_proj if out is None else out)(sampled)
 
-    def _derived(self) -> Derived:
+    def derived(self) -> Derived:
         """What depends on weights alone, kept between calls where that is safe."""
         weights = (
             self.image_index.weight,
@@ -158,9 +156,9 @@ class MMFS(nn.Module):
             self.query_proj.weight,
             self.query_proj.bias,
         )
-        if not self._kept.may(self.training, weights):
+        if not self.kept.may(self.training, weights):
             return self._derive(fused=False)
-        return self._kept.get(weights, lambda: self._derive(fused=True))
+        return self.kept.get(weights, lambda: self._derive(fused=True))
 
     def _derive(self, fused: bool) -> Derived:
         """The ignore slot's rows left out of the logits; both tables; ``fused``: the query's projection drawn in."""
@@ -181,16 +179,7 @@ class MMFS(nn.Module):
             offsets, logits = (partial(F.linear, weight=weight, bias=bias) for weight, bias in maps)
         return Derived(offsets, logits, tables, self.ignore_token.to(wide), fused)
 
-    def train(self, mode: bool = True) -> MMFS:
-        """See torch; forgets what was derived from the weights."""
-        self._kept.forget()
-        return super().train(mode)
-
-    def _apply(self, *args: Any, **kwargs: Any) -> MMFS:
-        self._kept.forget()
-        return super()._apply(*args, **kwargs)
-
-    def _scales(self, shapes: Shapes) -> list[tuple[float, float]]:
+    def scales(self, shapes: Shapes) -> list[tuple[float, float]]:
         """Per level: the share of the map's width and height that one cell of the base grid spans."""
         scales = []
         for side, (height, width) in zip(self.config.levels, shapes, strict=True):

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmi_engine.model.kept import Kept
+from mmi_engine.model.kept import Keeps, Kept
 from mmi_engine.model.rows import SteadyConv2d
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -46,15 +46,14 @@ def _reordered_kernel(weight: Tensor, *rest: Any) -> Tensor:
     return packed
 
 
-class Packed(nn.Module):
-    """What both layers share: when the second layout serves, and that it is forgotten with the weights.
+class Packed(Keeps):
+    """What both layers share: when the second layout serves.
 
     ``plain`` leaves it out (the released engine's form, for comparison).
     """
 
     weight: Tensor
     plain: bool
-    _packed: Kept
 
     def _second(self, input: Tensor, make: Callable[[], Tensor]) -> Tensor | None:
         """The weight in its second layout; ``None`` where the ordinary path is to be taken."""
@@ -66,20 +65,11 @@ class Packed(nn.Module):
             or input.dtype != torch.float32
             or weight.dtype != torch.float32
             or input.device.type != "cpu"
-            or not self._packed.may(False, (weight,))
+            or not self.kept.may(False, (weight,))
         ):
             return None
-        packed: Tensor = self._packed.get((weight,), make)
+        packed: Tensor = self.kept.get((weight,), make)
         return packed
-
-    def train(self, mode: bool = True) -> Any:
-        """See torch; forgets the second layout."""
-        self._packed.forget()
-        return super().train(mode)
-
-    def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        self._packed.forget()
-        return super()._apply(*args, **kwargs)
 
 
 class PackedLinear(Packed, nn.Linear):
@@ -139,13 +129,12 @@ def packed(model: Model) -> Model:
     Names and weights stay as they are; subclasses of torch's layers (quantised, sharded, adapted ones) are left alone.
     """
     kinds: dict[type, type[Packed]] = {nn.Linear: PackedLinear, SteadyConv2d: PackedConv2d}
-    layers = [module for module in model.modules() if type(module) in kinds]
-    size = sum(weight.numel() * 4 for layer in layers for weight in (layer.weight,) if isinstance(weight, Tensor))
-    if not available() or size > MOST_BYTES:
+    layers = [m for m in model.modules() if type(m) in kinds and type(m.weight) is nn.Parameter]
+    if not available() or sum(4 * layer.weight.numel() for layer in layers) > MOST_BYTES:
         return model
     for layer in layers:
         if isinstance(layer, nn.Conv2d) and (isinstance(layer.padding, str) or layer.padding_mode != "zeros"):
             continue
         layer.__class__ = kinds[type(layer)]
-        layer.plain, layer._packed = False, Kept()
+        layer.plain, layer.kept = False, Kept()
     return model

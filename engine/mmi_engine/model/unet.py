@@ -21,14 +21,14 @@ from torch import Tensor, nn
 
 from mmi_engine.errors import ModelError
 from mmi_engine.model.config import MMFSConfig
-from mmi_engine.model.kept import Kept, joined
+from mmi_engine.model.kept import Keeps, joined
 from mmi_engine.model.mmfs import MMFS, Shapes
 from mmi_engine.model.packed import PackedMap
 from mmi_engine.model.positions import resize_grid, sincos_2d
 from mmi_kernels import resolve
 
 
-class MMFSBlock(nn.Module):
+class MMFSBlock(Keeps):
     """zero_conv(MMFS(LayerNorm(x) + positions, LayerNorm(F))) for one U-Net feature map ``[N, channels, side, side]``.
 
     The zero convolution starts at zero, so a fresh assembly computes what the unmodified U-Net computes.
@@ -47,7 +47,6 @@ class MMFSBlock(nn.Module):
         nn.init.zeros_(self.zero_conv.weight)
         nn.init.zeros_(self.zero_conv.bias)
         self.side = side
-        self._kept = Kept()
         # The table is made for the latent's grid and resized to the query's, as the released model does.
         self.register_buffer("positions", sincos_2d(latent_side, latent_side, channels), persistent=False)
         self.register_buffer("query_positions", resize_grid(self.positions, (side, side)), persistent=False)
@@ -76,19 +75,10 @@ class MMFSBlock(nn.Module):
         """MMFS's output projection and the zero convolution as one linear map; ``None`` in training."""
         last = self.mmfs.output_proj
         weights = (last.weight, last.bias, self.zero_conv.weight, self.zero_conv.bias)
-        if not self._kept.may(self.training, weights):
+        if not self.kept.may(self.training, weights):
             return None
         zero, bias = self.zero_conv.weight.flatten(1), self.zero_conv.bias
-        return self._kept.get(weights, lambda: PackedMap(*joined(zero, last.weight, last.bias, bias)))
-
-    def train(self, mode: bool = True) -> MMFSBlock:
-        """See torch; forgets what was derived from the weights."""
-        self._kept.forget()
-        return super().train(mode)
-
-    def _apply(self, *args: Any, **kwargs: Any) -> MMFSBlock:
-        self._kept.forget()
-        return super()._apply(*args, **kwargs)
+        return self.kept.get(weights, lambda: PackedMap(*joined(zero, last.weight, last.bias, bias)))
 
     def term(self, x: Tensor, vision: ImageVision, order: int) -> Tensor:
         """What is added to ``x`` ``[N, channels, h, w]``, rows that see nothing included."""

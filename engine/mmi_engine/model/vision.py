@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from mmi_engine.model.adapter import ViTAdapter, to_map
 from mmi_engine.model.config import VisionConfig
-from mmi_engine.model.kept import Kept
+from mmi_engine.model.kept import Keeps
 from mmi_engine.model.positions import interpolate_position_embedding, resize_grid, sincos_2d
 from mmi_engine.model.resampler import QFormer
 from mmi_engine.model.trunk import Trunk, fresh_trunk
@@ -44,7 +44,7 @@ class VisualOutput:
     image_embeds: Tensor
 
 
-class VisualTokenizer(nn.Module):
+class VisualTokenizer(Keeps):
     """Trunk, adapter and resampler.
 
     Args:
@@ -93,7 +93,6 @@ class VisualTokenizer(nn.Module):
         )
         table = sincos_2d(config.positions_grid, config.positions_grid, channels)
         self.register_buffer("positions", torch.cat([table.new_zeros(self.trunk.prefix, channels), table]))
-        self._tables = Kept()
         self.project_in = nn.Linear(channels, channels)
         self.norm_in = nn.LayerNorm(channels, eps=TOKEN_NORM_EPS)
         self.norm_out = nn.LayerNorm(channels, eps=TOKEN_NORM_EPS)
@@ -132,19 +131,10 @@ class VisualTokenizer(nn.Module):
     def _map_positions(self, feature_map: Tensor) -> Tensor:
         """Position table for a map ``[N, C, h, w]``, as ``[1, C, h, w]`` in channels-last memory, once per size."""
         shape = (feature_map.shape[-2], feature_map.shape[-1])
-        keeps = self._tables.may(self.training, (self.positions,))
-        tables: dict[tuple[Any, ...], Tensor] = self._tables.get((self.positions,), dict) if keeps else {}
+        keeps = self.kept.may(self.training, (self.positions,))
+        tables: dict[tuple[Any, ...], Tensor] = self.kept.get((self.positions,), dict) if keeps else {}
         key = (*shape, feature_map.dtype)
         if key not in tables:
             cells = resize_grid(self.positions[self.trunk.prefix :], shape)
             tables[key] = to_map(cells.unsqueeze(0), shape).to(feature_map.dtype)
         return tables[key]
-
-    def train(self, mode: bool = True) -> VisualTokenizer:
-        """See torch; forgets the tables."""
-        self._tables.forget()
-        return super().train(mode)
-
-    def _apply(self, *args: Any, **kwargs: Any) -> VisualTokenizer:
-        self._tables.forget()
-        return super()._apply(*args, **kwargs)
