@@ -50,8 +50,8 @@ class Kept:
 
 
 class Keeps(nn.Module):
-    """A module with something `Kept`, dropped in ``train``, ``eval`` and moves: that covers changes of weights that go
-    past the version counter (through ``.data``)."""
+    """A module with something `Kept`, of any number and name, dropped in ``train``, ``eval`` and moves: that covers
+    changes of weights that go past the version counter (through ``.data``)."""
 
     kept: Kept
 
@@ -61,12 +61,17 @@ class Keeps(nn.Module):
 
     def train(self, mode: bool = True) -> Self:
         """See torch; forgets what was derived from the weights."""
-        self.kept.forget()
+        self._forget()
         return super().train(mode)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Self:
-        self.kept.forget()
+        self._forget()
         return super()._apply(*args, **kwargs)
+
+    def _forget(self) -> None:
+        for thing in vars(self).values():
+            if isinstance(thing, Kept):
+                thing.forget()
 
 
 def joined(second: Tensor, first: Tensor, bias: Tensor, then: Tensor | None) -> tuple[Tensor, Tensor]:

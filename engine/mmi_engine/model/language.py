@@ -22,7 +22,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from mmi_engine.errors import ModelError
 from mmi_engine.model.config import LanguageConfig, SpecialTokens
 from mmi_engine.model.kept import Keeps
-from mmi_engine.model.mmfs import MMFS, Shapes
+from mmi_engine.model.mmfs import MMFS, Projecting, Shapes, project_all
 
 ROOM = 64
 """Columns by which a KV cache grows at a time."""
@@ -78,7 +78,7 @@ class RoomyLayer(DynamicLayer):
         return whole
 
 
-class GatedMMFS(nn.Module):
+class GatedMMFS(Projecting):
     """tanh(gate) · MMFS(RMSNorm(h), RMSNorm(F)), reference point in the middle of every image."""
 
     def __init__(self, config: LanguageConfig, d_model: int, d_value: int, eps: float) -> None:
@@ -88,10 +88,6 @@ class GatedMMFS(nn.Module):
         self.feature_norm = nn.RMSNorm(d_value, eps=eps)
         self.mmfs = MMFS(config.mmfs, d_query=d_model, d_value=d_value, d_out=d_model, base=config.mmfs_base)
         self.gate = nn.Parameter(torch.zeros(1))
-
-    def project_values(self, features: Tensor) -> Tensor:
-        """``[B, M, S, d_value]`` → ``[B, M·S, H, D]``."""
-        return self.mmfs.project_values(self.feature_norm(features))
 
     def forward(self, hidden: Tensor, values: Tensor, shapes: Shapes, visible: Tensor) -> Tensor:
         """``hidden`` ``[B, Q, d]`` → the term that is added to it."""
@@ -167,7 +163,7 @@ class LanguageModel(Keeps):
             return VisualContext([visible.new_empty(0)] * len(self.mmfs_layers), [], visible)
         maps = features[self.config.finest_map :]
         flat = torch.cat([m.flatten(3).transpose(2, 3) for m in maps], dim=2)  # (B, M, S, C)
-        values = [cross.project_values(flat) for cross in self.mmfs_layers]
+        values = project_all(self.mmfs_layers, flat)
         return VisualContext(values, [(m.shape[3], m.shape[4]) for m in maps], visible)
 
     def picture_values(self, features: list[Tensor]) -> list[Tensor]:
@@ -175,7 +171,7 @@ class LanguageModel(Keeps):
         if not self.mmfs_layers:
             return []
         flat = torch.cat([m.flatten(3).transpose(2, 3) for m in features[self.config.finest_map :]], dim=2)
-        return [cross.project_values(flat)[0] for cross in self.mmfs_layers]
+        return [values[0] for values in project_all(self.mmfs_layers, flat)]
 
     def new_cache(self) -> DynamicCache:
         """An empty KV cache; see :class:`RoomyLayer`."""

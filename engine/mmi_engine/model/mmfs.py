@@ -20,7 +20,7 @@ and W_A W_q are one matrix each; training and checkpoints have them apart.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmi_engine.model.config import MMFSConfig
-from mmi_engine.model.kept import Keeps, joined
+from mmi_engine.model.kept import Keeps, Kept, joined
 from mmi_engine.model.packed import PackedMap
 from mmi_kernels import mmfs_attention
 from mmi_kernels.fused import Shapes, relative_index
@@ -88,8 +88,11 @@ class MMFS(Keeps):
 
     def project_values(self, features: Tensor) -> Tensor:
         """W_v F. ``features`` ``[B, M, S, d_value]`` → values ``[B, M·S, H, D]``; depends on the images only."""
-        values = self.value_proj(features)
-        batch, images, cells = features.shape[:3]
+        return self.in_heads(self.value_proj(features))
+
+    def in_heads(self, values: Tensor) -> Tensor:
+        """``[B, M, S, H·D]`` → ``[B, M·S, H, D]``."""
+        batch, images, cells = values.shape[:3]
         return values.view(batch, images * cells, self.config.heads, self.config.width // self.config.heads)
 
     def blind(self) -> Tensor:
@@ -186,3 +189,53 @@ class MMFS(Keeps):
             real = (side, side) if self.config.keep_relative_distance else (width, height)
             scales.append((side / self.base / real[0], side / self.base / real[1]))
         return scales
+
+
+class Projecting(Keeps):
+    """A module around MMFS with a norm of its own for what MMFS looks at: ``feature_norm`` and ``mmfs``."""
+
+    feature_norm: nn.RMSNorm | nn.LayerNorm
+    mmfs: MMFS
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept_values = Kept()
+
+    def project_values(self, features: Tensor, normed: Tensor | None = None) -> Tensor:
+        """``[B, M, S, d_value]`` → ``[B, M·S, H, D]``; ``normed``: the features as :func:`project_all` has them."""
+        if normed is None:
+            return self.mmfs.project_values(self.feature_norm(features))
+        return self.mmfs.in_heads(self._value_map()(normed.flatten(0, 1)).unflatten(0, normed.shape[:2]))
+
+    def keeps_values(self) -> bool:
+        """Whether the norm's scale and shift may be drawn into the projection."""
+        return self.kept_values.may(self.training, self._value_weights())
+
+    def _value_weights(self) -> tuple[Tensor, ...]:
+        norm, linear = self.feature_norm, self.mmfs.value_proj
+        shift = getattr(norm, "bias", None)
+        return (linear.weight, linear.bias, norm.weight, *(() if shift is None else (shift,)))
+
+    def _value_map(self) -> PackedMap:
+        weights = self._value_weights()
+        weight, bias, scale, *shift = weights
+        none = torch.zeros_like(scale)
+        return self.kept_values.get(
+            weights, lambda: PackedMap(*joined(weight, scale.diag(), shift[0] if shift else none, bias))
+        )
+
+
+def project_all(blocks: Sequence[Projecting], features: Tensor) -> list[Tensor]:
+    """Features ``[B, M, S, d_value]`` as every block's MMFS reads them, ``[B, M·S, H, D]`` each.
+
+    Normalised once in evaluation, where each block's scale and shift are part of its projection. (One product for all
+    blocks, taken apart afterwards, was no faster: the parts must be copied.)
+    """
+    if not blocks or not all(block.keeps_values() for block in blocks):
+        return [block.project_values(features) for block in blocks]
+    norm = blocks[0].feature_norm
+    if isinstance(norm, nn.RMSNorm):
+        normed = F.rms_norm(features, norm.normalized_shape, None, norm.eps)
+    else:
+        normed = F.layer_norm(features, norm.normalized_shape, None, None, norm.eps)
+    return [block.project_values(features, normed) for block in blocks]

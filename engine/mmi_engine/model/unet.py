@@ -21,14 +21,14 @@ from torch import Tensor, nn
 
 from mmi_engine.errors import ModelError
 from mmi_engine.model.config import MMFSConfig
-from mmi_engine.model.kept import Keeps, joined
-from mmi_engine.model.mmfs import MMFS, Shapes
+from mmi_engine.model.kept import joined
+from mmi_engine.model.mmfs import MMFS, Projecting, Shapes, project_all
 from mmi_engine.model.packed import PackedMap
 from mmi_engine.model.positions import resize_grid, sincos_2d
 from mmi_kernels import resolve
 
 
-class MMFSBlock(Keeps):
+class MMFSBlock(Projecting):
     """zero_conv(MMFS(LayerNorm(x) + positions, LayerNorm(F))) for one U-Net feature map ``[N, channels, side, side]``.
 
     The zero convolution starts at zero, so a fresh assembly computes what the unmodified U-Net computes.
@@ -51,10 +51,6 @@ class MMFSBlock(Keeps):
         self.register_buffer("positions", sincos_2d(latent_side, latent_side, channels), persistent=False)
         self.register_buffer("query_positions", resize_grid(self.positions, (side, side)), persistent=False)
         self.register_buffer("reference", cell_centres(side, side), persistent=False)  # (side², 2)
-
-    def project_values(self, features: Tensor) -> Tensor:
-        """``[N, M, S, d_value]`` → ``[N, M·S, H, D]``."""
-        return self.mmfs.project_values(self.feature_norm(features))
 
     def forward(
         self, x: Tensor, values: Tensor, shapes: Shapes, visible: Tensor, sources: Tensor | None = None
@@ -148,7 +144,7 @@ class MMFSUNet(nn.Module):
             rows = torch.arange(seeing, device=visible.device)
         flat = torch.cat([m[rows].flatten(3).transpose(2, 3) for m in features], dim=2)  # (R, M, S, C)
         shapes = [(m.shape[3], m.shape[4]) for m in features]
-        return ImageVision([b.project_values(flat) for b in self.mmfs_blocks], shapes, visible[rows], rows)
+        return ImageVision(project_all(list(self.mmfs_blocks), flat), shapes, visible[rows], rows)
 
     def indexes(self, dtype: torch.dtype) -> bool:
         """Whether the kernel looks rows of values up by index; the others gather them in every call."""
