@@ -60,6 +60,8 @@ def test_what_counts_as_the_same() -> None:
     grey, near, far = (Piece("image", Image.new("RGB", (4, 4), (level,) * 3)) for level in (100, 101, 110))
     assert not apart([Piece("text", "a"), grey], [Piece("text", "a"), near])
     assert "10 of 255" in apart([grey], [far])
+    assert "10 of 255" in apart([grey] * 3, [grey, grey, far], fed_back=True)
+    assert not apart([grey] * 5, [grey, grey, grey, grey, far], fed_back=True), "differences add up"
     assert "'a' and 'b'" in apart([Piece("text", "a")], [Piece("text", "b")])
     speck = np.full((4, 4, 3), 100, np.uint8)
     speck[3, 3, 2] = 90

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from mmi_engine.model.config import MMFSConfig
-from mmi_engine.model.mmfs import MMFS, relative_index
+from mmi_engine.model.mmfs import MMFS, project_all, relative_index
+from tests.tiny import tiny_model
 
 
 def literal(module: MMFS, query: torch.Tensor, reference: torch.Tensor, features: torch.Tensor, shapes, visible):
@@ -169,3 +170,22 @@ def test_nothing_is_kept_where_gradients_or_other_dtypes_may_be_wanted() -> None
         assert module.kept.entry is None
     module(*inputs).sum().backward()
     assert module.kept.entry is None and module.image_index.weight.grad is not None
+
+
+@torch.no_grad()
+def test_features_normalised_once_are_what_every_block_projects(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model(seed=3)
+    for blocks in (model.language.mmfs_layers, list(model.image_decoder.unet.mmfs_blocks)):
+        for block in blocks:
+            for parameter in block.feature_norm.parameters():
+                parameter.uniform_(-1.0, 2.0)
+        features = torch.randn(2, 3, 40, blocks[0].mmfs.value_proj.in_features)
+        with monkeypatch.context() as patch:
+            for block in blocks:
+                patch.setattr(block.feature_norm, "forward", None)  # in evaluation no block normalises for itself
+            together = project_all(blocks, features)
+        for block, values in zip(blocks, together, strict=True):
+            torch.testing.assert_close(values, block.project_values(features), rtol=1e-5, atol=1e-5)
+            block.mmfs.value_proj.weight.mul_(2)
+        for block, values in zip(blocks, project_all(blocks, features), strict=True):
+            torch.testing.assert_close(values, block.project_values(features), rtol=1e-5, atol=1e-5)
