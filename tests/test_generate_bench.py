@@ -50,7 +50,7 @@ def test_all_forms_of_every_case_are_measured(tmp_path, capsys) -> None:
 
 @pytest.mark.usefixtures("small")
 def test_different_results_are_reported_and_the_exit_code_tells(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    monkeypatch.setattr(generate_bench, "apart", lambda kept, again: "another text: 'a' and 'b'")
+    monkeypatch.setattr(generate_bench, "apart", lambda kept, again, **_: "another text: 'a' and 'b'")
     assert main(["bench", "generate", "--device", "cpu", "--quick"]) == 1
     shown = capsys.readouterr()
     assert "story, 2 frames: literal: another text" in shown.err and "text" in shown.out.splitlines()[2]
