@@ -12,7 +12,9 @@ from mmi_engine.errors import ConfigError, ManifestError
 from mmi_engine.metrics import pairs, score, suite
 from mmi_engine.metrics.base import Options
 from mmi_engine.toon import blind
-from mmi_engine.toon.dataset import make_dataset
+from mmi_engine.toon.dataset import make_dataset, scenes_of
+from mmi_engine.toon.score import CHOICES, truth
+from mmi_engine.toon.texts import parse_text
 from mmi_engine.toon.world import sample_scene
 
 PAPER = {  # Tables 1 to 4
@@ -113,11 +115,23 @@ def test_repeating_the_given_frame_scores_what_the_copy_baseline_says(world):
         assert found[name].value == pytest.approx(found[name].baselines["copy"])
 
 
+def test_one_wrong_attribute_costs_its_share_of_what_the_text_states(world):
+    """A picture of another scene: what both have in common is right, counted here by hand."""
+    asked = rows(world / "t2i.jsonl")
+    _, found = judged(world, "t2i.jsonl", [{"id": asked[0]["id"], "image": asked[1]["meta"]["image"]}])
+    scenes = [truth(scenes_of(row["meta"])[0]) for row in asked]
+    stated = [[n for n, value in parse_text(row["prompt"]).items() if value and n in CHOICES] for row in asked]
+    common = [name for name in stated[0] if scenes[0][name] == scenes[1][name]]
+    assert found["stated attributes"].parts[0] == pytest.approx(100 * len(common) / len(stated[0]))
+    chances = [100 * sum(1 / CHOICES[name] for name in names) / len(names) for names in stated]
+    assert found["stated attributes"].baselines["chance"] == pytest.approx(sum(chances) / len(chances))
+
+
 def test_nothing_drawn_and_nothing_said_is_wrong(world):
     asked = rows(world / "t2i.jsonl")
     Image.new("RGB", (128, 128), (90, 90, 90)).save(world / "grey.png")
     card, found = judged(world, "t2i.jsonl", [{"id": r["id"], "image": "grey.png"} for r in asked[:4]])
-    assert found["every stated attribute"].value == 0.0 and len(card.missing) == 4
+    assert found["every stated attribute"].value == 0.0 == found["stated attributes"].value and len(card.missing) == 4
     assert "unreadable, counted as wrong: character 100%" in card.notes[0]
     asked = rows(world / "ground.jsonl")
     card, found = judged(world, "ground.jsonl", [{"id": r["id"], "box": None} for r in asked])

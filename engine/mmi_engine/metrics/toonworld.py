@@ -127,6 +127,20 @@ def _add_whole(measure: Measure, asked: list[dict[str, Any]]) -> None:
         measure.baselines["majority"] = 100.0 * common / len(known)
 
 
+def _add_share(measure: Measure, asked: list[dict[str, Any]]) -> None:
+    """Baselines of "stated attributes": guessing each, and the most frequent value of each."""
+    known = [truths for truths in asked if truths]
+    if known:
+        values: dict[str, Counter[Any]] = {}
+        for truths in known:
+            for name, value in truths.items():
+                values.setdefault(name, Counter())[value] += 1
+        common = {name: found.most_common(1)[0][1] / found.total() for name, found in values.items()}
+        for baseline, share in (("chance", {name: 1 / CHOICES[name] for name in common}), ("majority", common)):
+            means = [np.mean([share[name] for name in truths]) for truths in known]
+            measure.baselines[baseline] = 100.0 * float(np.mean(means))
+
+
 def _captions(references: list[Truth], predictions: list[str | None], options: Options) -> Scores:
     """Character, place, action and props must be stated and right, and whatever else is stated must be right."""
     judged, true_values = [], {name: [] for name in CHOICES}  # type: ignore[var-annotated]
@@ -164,14 +178,17 @@ def _prompted(references: list[Truth], predictions: list[list[Source] | None], o
         true = truth(reference.scenes[0])
         right = {name: float(said.get(name, UNREADABLE) == true[name]) for name in asked}
         lost.update(name for name in asked if said.get(name, UNREADABLE) == UNREADABLE)
-        judged.append({**right, "all": float(all(right.values()))} if asked else {})
+        shares = {"stated": float(np.mean(list(right.values()))), "all": float(all(right.values()))} if asked else {}
+        judged.append({**right, **shares})
         whole.append({name: true[name] for name in asked})
         for name in asked:
             true_values[name].append(true[name])
         options.progress("oracle", k + 1, len(references))
-    measures = _shares(judged, ("all", *CHOICES), {"all": "every stated attribute"})
+    titles = {"stated": "stated attributes", "all": "every stated attribute"}
+    measures = _shares(judged, ("stated", "all", *CHOICES), titles)
     _add_baselines(measures, true_values, {})
-    _add_whole(measures[0], whole)
+    _add_share(measures[0], whole)
+    _add_whole(measures[1], whole)
     return Scores(measures, notes=_unreadable(lost, true_values), problems=problems)
 
 
