@@ -64,28 +64,28 @@ def run(
         device: as :func:`device_of` returns it.
         seconds: about how long to measure altogether; every figure is a median of at least five repetitions.
         compiled: also time torch under `torch.compile`, which needs a C++ compiler and is slow to start.
-        levels: what to time, of "op", "attention" (CUDA alone) and "module"; default all the device has.
+        levels: what to time, of "op", "attention" and "module"; default all.
         pattern: only cases whose name contains it.
         clock: "wall", or "processor" (on a CPU): the process's own time, to be used with one thread.
         large: on a CPU, also the shapes that take torch seconds a call; a CUDA device always gets them.
         on_case: called with the name of each case when its first figure is there.
 
     Raises:
-        UsageError: a level that the device does not have, or no case of that name.
+        UsageError: no such level, or no case of that name.
         BackendError: there is no kernel to measure on the CUDA device.
     """
     from mmi_kernels.bench import machine
 
-    has = ("op", "module") if device == "cpu" else ("op", "attention", "module")
+    has = ("op", "attention", "module")
     if not set(levels) <= set(has):
-        raise UsageError(f"--level {' '.join(levels)}: {device} has {', '.join(has)}")
+        raise UsageError(f"--level {' '.join(levels)}: there are {', '.join(has)}")
     levels = [level for level in has if level in (levels or has)]
     result: dict[str, Any] = {"machine": machine(device), "clock": clock, "figures": [], "troubles": []}
     rows: list[Iterator[Figure]] = []
     if levels != ["module"]:
         share = seconds * (0.8 if "module" in levels else 1.0)
-        operations = (partial(_cpu, clock, large) if device == "cpu" else partial(_cuda, device, levels))(
-            share, compiled, pattern
+        operations = (partial(_cpu, clock, large) if device == "cpu" else partial(_cuda, device))(
+            levels, share, compiled, pattern
         )
         rows.append(operations)
     if "module" in levels:
@@ -111,21 +111,25 @@ def write(result: dict[str, Any], out: Path | None, picture: Path | None) -> Non
         raise OutputError(f"the figures cannot be written: {error}", remedy="choose another file") from error
 
 
-def _cpu(clock: str, large: bool, seconds: float, compiled: bool, pattern: str) -> Iterator[Figure]:
-    from mmi_kernels import backends, bench
+def _cpu(
+    clock: str, large: bool, levels: Sequence[str], seconds: float, compiled: bool, pattern: str
+) -> Iterator[Figure]:
+    from mmi_kernels import backends, bench, bench_attention
 
     cases = [case for case in bench.CASES if pattern in case.name and (large or not case.large)]
     names = ["torch", *(["numba"] if backends()["numba"].available else []), *([bench.COMPILED] if compiled else [])]
-    for case in cases:
-        where = {"level": "op", "dtype": "float32"}
+    todo = [(level, case) for level in levels if level != "module" for case in cases]
+    for level, case in todo:
+        where, share = {"level": level, "dtype": "float32"}, seconds / len(todo) / 2
         try:
-            found = bench.run([case], names=names, seconds=seconds / len(cases) / 2, clock=clock)
+            if level == "op":
+                rows = bench.run([case], names=names, seconds=share, clock=clock)["rows"]
+                yield from ({**where, "name": row.pop("backend"), **row} for row in rows)
+            else:
+                known = [name for name in names if name != bench.COMPILED]
+                yield from (where | row for row in bench_attention.run([case], known, seconds=share, clock=clock))
         except bench.VerificationError as error:
             yield {**where, "case": case.name, "name": "numba", "reason": str(error)}
-            continue
-        for row in found["rows"]:
-            name = row.pop("backend")
-            yield {**where, "name": name, **row}
 
 
 def _cuda(device: str, levels: Sequence[str], seconds: float, compiled: bool, pattern: str) -> Iterator[Figure]:

@@ -43,7 +43,7 @@ from mmi_kernels.reference import deform_sample_reference
 
 # A median of fewer repetitions means little; the float32 floor is in units of the largest magnitude.
 _LEAST_REPEATS = 5
-_FLOOR = 2e-6
+FLOOR = 2e-6
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "processor": time.process_time}
 COMPILED = "torch compiled"
 """The torch backend under `torch.compile`, as a name among the backends."""
@@ -209,13 +209,14 @@ def verify(case: Case, names: Sequence[str], device: torch.device | str = "cpu")
     pull = pull.to(device)
     truth = _all_results(case, tuple(tensor.double() for tensor in inputs), pull.double(), "torch")
     allowed = [
-        2 * _error(single, exact) + _FLOOR
+        2 * relative_error(single, exact) + FLOOR
         for single, exact in zip(_all_results(case, inputs, pull, "torch"), truth, strict=True)
     ]
     worst: dict[str, float] = {}
     for name in names:
         errors = [
-            _error(result, exact) for result, exact in zip(_all_results(case, inputs, pull, name), truth, strict=True)
+            relative_error(result, exact)
+            for result, exact in zip(_all_results(case, inputs, pull, name), truth, strict=True)
         ]
         for what, error, bound in zip(_RESULTS, errors, allowed, strict=False):
             if not error <= bound:
@@ -243,7 +244,8 @@ def _compiled() -> Callable[..., Tensor]:
     return torch.compile(deform_sample_reference, dynamic=False)
 
 
-def _error(result: Tensor, truth: Tensor) -> float:
+def relative_error(result: Tensor, truth: Tensor) -> float:
+    """Largest deviation over the largest magnitude of the truth."""
     return ((result.double() - truth).abs().max() / truth.abs().max().clamp_min(1e-30)).item()
 
 

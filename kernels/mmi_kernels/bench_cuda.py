@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from mmi_kernels import fused
-from mmi_kernels.bench import Case
+from mmi_kernels.bench import Case, relative_error
 from mmi_kernels.op import deform_sample
 
 Sampler = Callable[[Tensor, tuple[tuple[int, int], ...], Tensor, Tensor], Tensor]
@@ -84,8 +84,8 @@ def torchs(value: Tensor, shapes: tuple[tuple[int, int], ...], locations: Tensor
     return deform_sample(value, shapes, locations, weights, backend="torch")
 
 
-def attention_by(sampler: Sampler | None, case: Case) -> Callable[..., Tensor]:
-    """`mmfs_attention` by the kernel (``None``), or its torch algebra around an op."""
+def attention_by(sampler: Sampler | None, case: Case, backend: str = "cuda") -> Callable[..., Tensor]:
+    """`mmfs_attention` by a backend (``None``), or its torch algebra around an op."""
 
     shapes = tuple((side, side) for side in case.sides)
     scales = [(1 / case.sides[0],) * 2] * len(shapes)
@@ -101,7 +101,7 @@ def attention_by(sampler: Sampler | None, case: Case) -> Callable[..., Tensor]:
         tables, (visible, reference, token) = (table_offsets, table_logits), given(value.device)
         rest = (tables, reference, scales, visible, token)
         if sampler is None:
-            return fused.mmfs_attention(value, shapes, offsets, logits, *rest, backend="cuda")
+            return fused.mmfs_attention(value, shapes, offsets, logits, *rest, backend=backend)
         weights, _, moves = fused._mmfs_weights(offsets, logits, tables, visible.long(), case.heads, len(shapes))
         locations = fused._mmfs_locations(reference, moves, scales)
         return sampler(value, shapes * case.images, locations, weights)
@@ -184,7 +184,7 @@ def _case(
             results = _results(call, leaves, pull, case.training)
             if level == "op" and case.training:
                 results[2] = results[2] * settled
-            errors = [_error(a, b) for a, b in zip(results, truth, strict=True)]
+            errors = [relative_error(a, b) for a, b in zip(results, truth, strict=True)]
             allowed = allowed or [2 * error + FLOOR[dtype] for error in errors]
             if not all(error <= bound for error, bound in zip(errors, allowed, strict=True)):
                 yield Trouble(*where, name, f"off by {max(errors):.1e}, allowed {max(allowed):.1e}")
@@ -210,10 +210,6 @@ def _settled(locations: Tensor, shapes: tuple[tuple[int, int], ...]) -> Tensor:
     sizes = locations.new_tensor([(width, height) for height, width in shapes])  # (L, 2)
     cells = locations * sizes[:, None] - 0.5
     return cells != cells.round()
-
-
-def _error(result: Tensor, truth: Tensor) -> float:
-    return ((result.double() - truth).abs().max() / truth.abs().max().clamp_min(1e-30)).item()
 
 
 def measure(call: Callable[..., Tensor], leaves: list[Tensor], pull: Tensor, step: str, device: str) -> dict[str, Any]:

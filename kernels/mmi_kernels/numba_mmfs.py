@@ -22,6 +22,7 @@ from numba import carray, types
 from numba.extending import intrinsic
 
 from mmi_kernels.numba_loops import CHUNK, ROW, ROWS, compiled, copy, floats, part, pointer, sweep
+from mmi_kernels.numba_simd import load_float, load_int
 
 FIELDS = (
     *("value", "offsets", "logits", "offset_table", "logit_table", "reference", "visible", "scales", "token", "rows"),
@@ -64,79 +65,100 @@ def _exp(x):
     return grown if x > _LOWEST else _ZERO
 
 
+# Indices are unsigned: with signed ones numba asks of each whether it counts from the end, and nothing is vectorised.
+
+
 @part
-def _softmax(weights, first, count, ignore):
-    """Logits [first, first + count) → weights, with one more logit 0 if `ignore`; returns that one's weight."""
-    top = _ZERO if ignore else weights[first]
-    for k in range(first, first + count):
-        top = weights[k] if weights[k] > top else top
+def _softmax(weights_at, count, ignore):
+    """Logits → weights in place, with one more logit 0 if `ignore`; returns that one's weight."""
+    weights = floats(weights_at, count)
+    top = _ZERO if ignore else weights[np.uint64(0)]
+    for i in range(count):
+        one = weights[np.uint64(i)]
+        top = one if one > top else top
     total = _ZERO
-    for k in range(first, first + count):
-        one = _exp(weights[k] - top if weights[k] - top > _LOWEST else _LOWEST)
-        weights[k] = one
+    for i in range(count):
+        below = weights[np.uint64(i)] - top
+        one = _exp(below if below > _LOWEST else _LOWEST)
+        weights[np.uint64(i)] = one
         total += one
     left = _exp(-top if -top > _LOWEST else _LOWEST) if ignore else _ZERO
     scale = _ONE / (total + left)
-    for k in range(first, first + count):
-        weights[k] *= scale
+    for i in range(count):
+        weights[np.uint64(i)] *= scale
     return left * scale
+
+
+@part
+def _move(offsets_at, table_at, points, middle, span, into_at):
+    """Locations of one level's points: the middle + (offset + table) · span, as (x, y)."""
+    offsets, table, into = floats(offsets_at, 2 * points), floats(table_at, 2 * points), floats(into_at, 2 * points)
+    for i in range(points):
+        x, y = np.uint64(2 * i), np.uint64(2 * i + 1)
+        into[x] = middle[0] + (offsets[x] + table[x]) * span[0]
+        into[y] = middle[1] + (offsets[y] + table[y]) * span[1]
+
+
+@part
+def _add(left_at, right_at, count, into_at):
+    left, right, into = floats(left_at, count), floats(right_at, count), floats(into_at, count)
+    for i in range(count):
+        into[np.uint64(i)] = left[np.uint64(i)] + right[np.uint64(i)]
+
+
+@part
+def _fill(into_at, count, value):
+    into = floats(into_at, count)
+    for i in range(count):
+        into[np.uint64(i)] = value
+
+
+@part
+def _share(token_at, count, weight, into_at):
+    """The ignore slot's share of the output."""
+    token, into = floats(token_at, count), floats(into_at, count)
+    for i in range(count):
+        into[np.uint64(i)] = weight * token[np.uint64(i)]
 
 
 @part
 def _tile(a, n, heads_of, queries_of, locations_at, weights_at):
     """Locations and weights of a few queries into their buffers, the ignore slot's share into out."""
-    queries, heads, dim = a[_QUERIES], a[_HEADS], a[_DIM]
-    images, levels, points = a[_IMAGES], a[_LEVELS], a[_POINTS]
+    queries, heads, dim, images = a[_QUERIES], a[_HEADS], a[_DIM], a[_IMAGES]
+    levels, points, ignore = a[_LEVELS], a[_POINTS], a[_IGNORE] != 0
     each, samples, pairs = levels * points, images * levels * points, 2 * points
     moved = pairs * levels if a[_PER_LEVEL] else pairs
-    batch = n + 1
-    offsets = floats(a[_OFFSETS], batch * queries * heads * moved)
-    logits = floats(a[_LOGITS], batch * queries * heads * each)
-    seen_of = carray(pointer(a[_VISIBLE]), batch * a[_SEEN_BY] * images, np.int32)
-    scales = floats(a[_SCALES], 2 * levels)
-    reference = floats(a[_REFERENCE], batch * queries * 2)
+    between = pairs if a[_PER_LEVEL] else 0
     start, stop = heads_of
     first, last = queries_of
-    locations = floats(locations_at, 2 * (last - first) * heads * samples)
-    weights = floats(weights_at, (last - first) * heads * samples)
     for q in range(first, last):
-        ref = 2 * ((n if a[_REFERENCES] > 1 else 0) * queries + q)
-        x0, y0 = reference[ref], reference[ref + 1]
-        seen = (n * a[_SEEN_BY] + (q if a[_SEEN_BY] > 1 else 0)) * images
+        reference = a[_REFERENCE] + 8 * ((n if a[_REFERENCES] > 1 else 0) * queries + q)
+        middle = load_float(reference), load_float(reference + 4)
+        seen = a[_VISIBLE] + 4 * (n * a[_SEEN_BY] + (q if a[_SEEN_BY] > 1 else 0)) * images
         for h in range(start, stop):
             lane = (n * queries + q) * heads + h
             base = ((q - first) * heads + h) * samples
             nearer = 0  # visible images at or after this one
             for back in range(images):
                 m = images - 1 - back
-                visible = seen_of[seen + m] != 0
+                visible = load_int(seen + 4 * m) != 0
                 nearer += visible
                 r, at = nearer if visible else 0, base + m * each
-                logit_table = floats(a[_LOGIT_TABLE] + 4 * (r * heads + h) * each, each)
-                offset_table = floats(a[_OFFSET_TABLE] + 4 * (r * heads + h) * moved, moved)
-                for k in range(each):
-                    weights[at + k] = logits[lane * each + k] + logit_table[k]
-                if r == 0:
-                    for k in range(each):
-                        weights[at + k] = _HIDDEN
+                if visible:
+                    table = a[_LOGIT_TABLE] + 4 * (r * heads + h) * each
+                    _add(a[_LOGITS] + 4 * lane * each, table, each, weights_at + 4 * at)
+                else:
+                    _fill(weights_at + 4 * at, each, _HIDDEN)
+                offsets, table = a[_OFFSETS] + 4 * lane * moved, a[_OFFSET_TABLE] + 4 * (r * heads + h) * moved
                 for level in range(levels):
-                    own = level * pairs if a[_PER_LEVEL] else 0
-                    width, height = scales[2 * level], scales[2 * level + 1]
-                    to = at + level * points
-                    for p in range(points):
-                        x = offsets[lane * moved + own + 2 * p] + offset_table[own + 2 * p]
-                        y = offsets[lane * moved + own + 2 * p + 1] + offset_table[own + 2 * p + 1]
-                        locations[2 * (to + p)] = x0 + x * width
-                        locations[2 * (to + p) + 1] = y0 + y * height
-            left = _softmax(weights, base, samples, a[_IGNORE] != 0)
-            into = floats(a[_OUT] + 4 * lane * dim, dim)
-            if a[_IGNORE] != 0:
-                token = floats(a[_TOKEN] + 4 * h * dim, dim)
-                for d in range(dim):
-                    into[d] = left * token[d]
+                    scales, away = a[_SCALES] + 8 * level, 4 * level * between
+                    span, into = (load_float(scales), load_float(scales + 4)), locations_at + 8 * (at + level * points)
+                    _move(offsets + away, table + away, points, middle, span, into)
+            left = _softmax(weights_at + 4 * base, samples, ignore)
+            if ignore:
+                _share(a[_TOKEN] + 4 * h * dim, dim, left, a[_OUT] + 4 * lane * dim)
             else:
-                for d in range(dim):
-                    into[d] = _ZERO
+                _fill(a[_OUT] + 4 * lane * dim, dim, _ZERO)
 
 
 @compiled

@@ -58,7 +58,7 @@ def kernel(
     """Verify the sampling kernels against float64, then time them.
 
     On a CPU numba against torch (grid_sample), on a CUDA device the CUDA kernel against torch, in float32 and bf16.
-    "op" takes finished locations and weights, "attention" makes them from projected queries (CUDA), "module" is a whole
+    "op" takes finished locations and weights, "attention" makes them from projected queries, "module" is a whole
     MMFS layer. Ratios in brackets are times over the kernel's: above 1 the kernel is faster. Read those, not the
     milliseconds, on a busy machine. A kernel that computes something else is not timed, and the exit code is 1.
     """
