@@ -6,10 +6,11 @@ import json
 from typing import Any
 
 import pytest
+from torch import Tensor
 
 from mmi_cli.main import main
 from mmi_engine import kernel_bench
-from mmi_kernels import bench
+from mmi_kernels import bench, deform_sample, fused, numba_attention
 
 SMALL = (bench.Case("small", 2, (4, 2), 2, 2, 16, 4, 3), bench.Case("decode", 1, (4,), 1, 2, 16, 1, 3, training=False))
 
@@ -28,10 +29,10 @@ def test_figures_go_to_stdout_and_files(tmp_path, capsys) -> None:
     assert found == json.loads((tmp_path / "figures.json").read_text())
     assert (tmp_path / "figures.png").read_bytes()[:4] == b"\x89PNG"
     seen = {(f["level"], f["case"], f["step"], f["name"]) for f in found["figures"]}
-    timed = (("op", "small"), ("module", "layer"))
+    timed = (("op", "small"), ("attention", "small"), ("module", "layer"))
     assert seen == {
         *((*where, step, name) for where in timed for step in ("forward", "training") for name in ("torch", "numba")),
-        *(("op", "decode", "forward", name) for name in ("torch", "numba")),
+        *((level, "decode", "forward", name) for level in ("op", "attention") for name in ("torch", "numba")),
     }
     assert found["machine"]["torch"] and not found["troubles"]
 
@@ -59,7 +60,27 @@ def test_wrong_numbers_are_reported_and_the_exit_code_tells(monkeypatch: pytest.
 
 
 @pytest.mark.usefixtures("small")
-@pytest.mark.parametrize("wanted", [["--level", "attention"], ["--case", "no such case"]], ids=str)
+@pytest.mark.parametrize("broken", ["output", "logits gradient"])
+def test_a_wrong_attention_is_not_timed(broken: str, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """One of numba's two ways: whole without gradients, by softmax and samples with them."""
+    if broken == "output":
+        right = numba_attention.attend
+        monkeypatch.setattr("mmi_kernels.fused._numba_attend", lambda: lambda *args: 1.001 * right(*args))
+    else:
+        monkeypatch.setattr(fused, "deform_sample", _steeper)
+    assert main(["bench", "kernel", "--device", "cpu", "--seconds", "0", "--level", "attention"]) == 1
+    assert f"numba, small: {broken} off by" in capsys.readouterr().err
+
+
+def _steeper(value: Tensor, shapes: Any, locations: Tensor, weights: Tensor, *, backend: str) -> Tensor:
+    """The same samples; with numba the gradient of the weights is a tenth too large."""
+    if backend == "numba":
+        weights = weights + 0.1 * (weights - weights.detach())
+    return deform_sample(value, shapes, locations, weights, backend=backend)
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("wanted", [["--level", "whole"], ["--case", "no such case"]], ids=str)
 def test_what_cannot_be_measured_is_refused(wanted: list[str], capsys) -> None:
     assert main(["bench", "kernel", "--device", "cpu", "--seconds", "0", *wanted]) == 2
     assert capsys.readouterr().err
