@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from mmi_engine.generate.literal import literal
 from mmi_engine.generate.reading import Prompt
@@ -72,6 +73,15 @@ def test_new_weights_count_at_once() -> None:
     torch.testing.assert_close(after[-1], library[-1], rtol=1e-4, atol=1e-4)
 
 
+@torch.no_grad()
+def test_positions_beyond_the_models_own_are_the_librarys() -> None:
+    model = tiny_model(seed=2)
+    prompt = prompt_of(model, *ROWS["alone"])
+    model.language.body.config.max_position_embeddings = prompt.ids.shape[1] + 2
+    for ours, library in zip(*(continued(model, prompt, lean) for lean in (True, False)), strict=True):
+        torch.testing.assert_close(ours, library, rtol=1e-4, atol=1e-4)
+
+
 class Doubled(nn.Linear):
     """A layer that an adapter has put in a linear map's place."""
 
@@ -91,11 +101,20 @@ def change(model: MMInterleaved, how: str) -> None:
         model.train()
     elif how == "activation":
         model.language.body.config.hidden_act = "gelu"
+    elif how == "norm":
+        model.language.body.layers[1].input_layernorm.__class__ = type("Other", (LlamaRMSNorm,), {})
+    elif how == "own forward":
+        attention.q_proj.forward = attention.q_proj.forward
+    elif how == "output of MMFS":
+        model.language.mmfs_layers[0].mmfs.output_proj.__class__ = Doubled
     elif how == "rotations":
         model.language.body.rotary_emb.rope_type = "dynamic"
 
 
-@pytest.mark.parametrize("how", ["adapter", "hook", "double", "training", "activation", "rotations"])
+@pytest.mark.parametrize(
+    "how",
+    ["adapter", "hook", "double", "training", "activation", "norm", "own forward", "output of MMFS", "rotations"],
+)
 @torch.no_grad()
 def test_anything_else_takes_the_library(how: str) -> None:
     model = tiny_model(seed=2)

@@ -100,11 +100,12 @@ def test_a_weight_is_exp_to_single_precision() -> None:
     assert ((out.double() - truth).abs() / truth).max() < 1e-5  # of the logit's own rounding, 86 · 6e-8, mostly
 
 
-def test_nan_shows_in_its_query_only() -> None:
+@pytest.mark.parametrize("name", ["offsets", "logits"])
+def test_nan_shows_in_its_query_only(name: str) -> None:
     case = CASES["mmfs, toon"]
     given = draw(case, torch.float32)
     given["visible"][:] = 1
-    given["offsets"][0, 3] = float("nan")
+    given[name][0, 3] = float("nan")
     found = run(case, given, "numba")
     assert found[0, 3].isnan().all() and found.isnan().sum() == found[0, 3].numel()
 
@@ -127,6 +128,18 @@ def test_visibility_and_strides_of_any_kind(dtype: torch.dtype) -> None:
     both = torch.cat([given["offsets"], given["logits"]], dim=2)
     given["offsets"], given["logits"] = both.split([given["offsets"].shape[2], given["logits"].shape[2]], dim=2)
     assert torch.equal(run(case, given, "numba"), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_torchs_default_type_does_not_matter(dtype: torch.dtype) -> None:
+    case = CASES["mmfs, toon"]
+    given = draw(case, torch.float32)
+    expected = run(case, given, "numba")
+    torch.set_default_dtype(dtype)
+    try:
+        assert torch.equal(run(case, given, "numba"), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 @pytest.mark.parametrize("cut", ["no query", "no row"])

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mmi_engine.generate.literal import literal
 from mmi_engine.model import packed as module
+from mmi_engine.model.mmfs import project_all
 from mmi_engine.model.packed import PackedConv2d, PackedLinear, PackedMap, packed
 from mmi_engine.model.rows import steady
 
@@ -142,8 +143,18 @@ def test_the_literal_form_leaves_them_out(monkeypatch: pytest.MonkeyPatch) -> No
     seen, rows = spied(monkeypatch), torch.randn(1, 32, layer.in_features)
     layer(rows)
     assert seen == ["_linear"]
+    blocks = list(model.image_decoder.unet.mmfs_blocks)
+    features = torch.randn(1, 1, 40, blocks[0].mmfs.value_proj.in_features)
+    project_all(blocks, features)
+    assert len(seen) == 1 + len(blocks)
     with literal(model):
         layer(rows)
-    assert seen == ["_linear"]
+        project_all(blocks, features)
+    assert len(seen) == 1 + len(blocks)
+    layer.plain = True
+    with literal(model):
+        assert layer.plain
+    assert layer.plain, "what was chosen before stays"
+    layer.plain = False
     layer(rows)
-    assert seen == ["_linear"] * 2
+    assert len(seen) == 2 + len(blocks)

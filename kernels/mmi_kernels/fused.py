@@ -173,7 +173,7 @@ def deform_attention(
         whole = tuple(map(tuple, shapes))
         scales = tuple((1 / width, 1 / height) for height, width in whole)
         nothing = (offsets.new_zeros(2, offsets.shape[2]), logits.new_zeros(2, logits.shape[2]))
-        seen = torch.ones(1, 1, 1, dtype=torch.int32).expand(len(logits), 1, 1)
+        seen = torch.ones(1, 1, 1, dtype=torch.int32, device=logits.device).expand(len(logits), 1, 1)
         return _numba_attend()(value, whole, offsets, logits, nothing, reference[None], scales, seen, None, None)
     heads, levels = value.shape[2], len(shapes)
     grid = (heads, levels, logits.shape[2] // (heads * levels))

@@ -63,7 +63,9 @@ def attend(
         visible = visible.expand(batch, -1, -1)
     points, per_level = _fitting(shapes, len(scales), *(t.shape for t in floats[:6]), visible.shape)
     heads, dim, images, rows_of_tables = *values.shape[2:], visible.shape[2], len(tables[0])
-    if len(values if rows is None else rows) != batch or (token is not None and token.numel() != heads * dim):
+    if tuple(values.shape[:1] if rows is None else rows.shape) != (batch,) or (
+        token is not None and token.numel() != heads * dim
+    ):
         raise ValueError(f"values {tuple(values.shape)} do not fit {batch} sequences, their rows or the token")
     if images >= rows_of_tables and bool((visible != 0).sum(-1).max() >= rows_of_tables):
         raise IndexError(f"a query sees more images than the tables tell apart, which is {rows_of_tables - 1}")
@@ -77,7 +79,7 @@ def attend(
     spans = _spans(scales)
     visible = visible.to(torch.int32).contiguous()
     sources = None if rows is None else rows.to(torch.int64).contiguous()
-    out = torch.empty(batch, queries, heads * dim)
+    out = torch.empty(batch, queries, heads * dim, dtype=torch.float32, device="cpu")
     floats = [plain(tensor) for tensor in floats]
     addresses = [tensor.data_ptr() for tensor in floats]
     if (0 in addresses or visible.data_ptr() == 0) and out.numel():
@@ -125,10 +127,10 @@ def _fitting(
 ) -> tuple[int, bool]:
     """(points, whether every level has its own offsets), after every shape was compared. Raises ValueError."""
     (batch, queries, width), levels, heads = logits, len(shapes), values[2]
-    points = width // (heads * levels) if levels else 0
+    points = width // max(heads * levels, 1)
     cells = sum(height * width for height, width in shapes)
     fit = (
-        points > 0
+        min(points, heads, levels, values[3], visible[-1]) > 0
         and width == heads * levels * points
         and scales == levels
         and tuple(offsets) in ((batch, queries, heads * points * 2), (batch, queries, 2 * width))

@@ -57,12 +57,12 @@ def _power_of_two(typing_context: Any, exponent: Any) -> Any:
 
 @part
 def _exp(x):
-    """e^x for x ≤ 0; 0 below `_LOWEST`."""
+    """e^x for x ≤ 0, NaN for NaN; 0 below `_LOWEST`."""
     n = np.floor(x * _LOG2E + _HALF)
     r = x - n * _LN2
     tail = _C2 + r * (_C3 + r * (_C4 + r * (_C5 + r * _C6)))
     grown = (_ONE + r + r * r * tail) * _power_of_two(np.int32(n))
-    return grown if x > _LOWEST else _ZERO
+    return _ZERO if x <= _LOWEST else grown
 
 
 # Indices are unsigned: with signed ones numba asks of each whether it counts from the end, and nothing is vectorised.
@@ -79,10 +79,10 @@ def _softmax(weights_at, count, ignore):
     total = _ZERO
     for i in range(count):
         below = weights[np.uint64(i)] - top
-        one = _exp(below if below > _LOWEST else _LOWEST)
+        one = _exp(_LOWEST if below < _LOWEST else below)
         weights[np.uint64(i)] = one
         total += one
-    left = _exp(-top if -top > _LOWEST else _LOWEST) if ignore else _ZERO
+    left = _exp(_LOWEST if -top < _LOWEST else -top) if ignore else _ZERO
     scale = _ONE / (total + left)
     for i in range(count):
         weights[np.uint64(i)] *= scale

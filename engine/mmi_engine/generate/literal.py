@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from mmi_engine.model.language import LanguageModel
-from mmi_engine.model.mmfs import MMFS, Shapes, relative_index
+from mmi_engine.model.mmfs import MMFS, Projecting, Shapes, relative_index
 from mmi_engine.model.packed import Packed
 from mmi_engine.model.unet import MMFSBlock
 from mmi_kernels import deform_sample
@@ -28,6 +28,7 @@ def literal(model: nn.Module) -> Iterator[None]:
     """While it lasts, every MMFS of ``model`` computes literally and all deformable sampling goes through torch."""
     backends = [(module, module.backend) for module in model.modules() if hasattr(module, "backend")]
     changed: list[tuple[nn.Module, str]] = []
+    before: list[tuple[nn.Module, str, bool]] = []
     for module, _ in backends:
         module.backend = "torch"
     for module in model.modules():
@@ -37,10 +38,13 @@ def literal(model: nn.Module) -> Iterator[None]:
         elif isinstance(module, MMFSBlock):
             module.out_map = lambda: None
             changed.append((module, "out_map"))
-        elif isinstance(module, Packed):
-            module.plain = True
-        elif isinstance(module, LanguageModel):
-            module.lean = False
+        if isinstance(module, Projecting):
+            module.keeps_values = lambda: False
+            changed.append((module, "keeps_values"))
+        for name, value in (("plain", True), ("lean", False)):
+            if isinstance(module, Packed if name == "plain" else LanguageModel):
+                before.append((module, name, getattr(module, name)))
+                setattr(module, name, value)
     try:
         yield
     finally:
@@ -48,11 +52,8 @@ def literal(model: nn.Module) -> Iterator[None]:
             module.backend = backend
         for module, name in changed:
             vars(module).pop(name)
-        for module in model.modules():
-            if isinstance(module, Packed):
-                module.plain = False
-            elif isinstance(module, LanguageModel):
-                module.lean = True
+        for module, name, value in before:
+            setattr(module, name, value)
 
 
 def _forward(

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlamaModel
 from transformers.cache_utils import Cache
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
 
 from mmi_engine.model.interleaved import MMInterleaved
 from mmi_engine.model.language import GatedMMFS, MMFSDecoderLayer, RoomyLayer, VisualContext
@@ -74,9 +74,8 @@ class TokenStep:
         weight[head.first_new :] += head.head_new.weight.detach()
         bias[head.first_new :] += head.head_new.bias.detach()
         self.head, self.head_bias = (weight * body.norm.weight.detach()).t(), bias
-        angles = torch.arange(config.max_position_embeddings).float()[:, None] * body.rotary_emb.inv_freq.float()
-        sines = torch.cat([-angles.sin(), angles.sin()], dim=1)  # the sign of rotate_half
-        self.rotations = torch.cat([angles.cos(), angles.cos(), sines], dim=1) * body.rotary_emb.attention_scaling
+        self.frequencies = body.rotary_emb.inv_freq.float()
+        self.rotations = self._turns(int(config.max_position_embeddings))
 
     def __call__(
         self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Cache, visual: VisualContext | None
@@ -92,6 +91,8 @@ class TokenStep:
         """
         hidden = F.embedding(ids, self.embedding)
         seen = mask[:, None, None].bool()
+        if mask.shape[1] > len(self.rotations):  # beyond what the model was made for, as the library computes it
+            self.rotations = self._turns(2 * mask.shape[1])
         turn = F.embedding(positions, self.rotations).chunk(2, dim=-1)
         for index, layer in enumerate(self.layers):
             hidden = torch.addmm(hidden, self._attend(hidden, layer, index, seen, turn, cache), layer.attention_out)
@@ -100,6 +101,11 @@ class TokenStep:
             gate, up = (F.linear(hidden, layer.gate_up) * self._scale(hidden)).chunk(2, dim=-1)
             hidden = torch.addmm(hidden, F.silu(gate) * up, layer.down)
         return torch.addmm(self.head_bias, hidden * self._scale(hidden), self.head)
+
+    def _turns(self, count: int) -> Tensor:
+        """Cosines and sines ``[count, 2·D]`` of the first positions, with the sign of rotate_half."""
+        angles = torch.arange(count).float()[:, None] * self.frequencies
+        return torch.cat([angles.cos(), angles.cos(), -angles.sin(), angles.sin()], dim=1)
 
     def _scale(self, hidden: Tensor) -> Tensor:
         """What RMSNorm multiplies a row by, ``[B, 1]``."""
@@ -162,20 +168,28 @@ def _serves(model: MMInterleaved, weights: Sequence[Tensor], cache: Cache | None
     if type(body) is not LlamaModel or cache is None or any(type(layer) is not RoomyLayer for layer in cache.layers):
         return False
     layers = [layer.layer if isinstance(layer, MMFSDecoderLayer) else layer for layer in body.layers]
+    if not all(type(layer) is LlamaDecoderLayer for layer in layers):
+        return False
     linears = [getattr(layer.self_attn, f"{name}_proj") for layer in layers for name in "qkvo"]
     linears += [getattr(layer.mlp, f"{name}_proj") for layer in layers for name in ("gate", "up", "down")]
-    watched = any(
-        module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook")
-        for part in (body, head)
+    own = len(linears)  # without a bias in Llama
+    looking = [layer.cross for layer in body.layers if isinstance(layer, MMFSDecoderLayer)]
+    linears += [getattr(cross.mmfs, name) for cross in looking for name in ("query_proj", "offsets", "logits")]
+    linears += [*(cross.mmfs.output_proj for cross in looking), head.head, head.head_new]
+    norms = [norm for layer in layers for norm in (layer.input_layernorm, layer.post_attention_layernorm)]
+    changed = any(
+        module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module) or hasattr(module, "_hf_hook")
+        for part in (model.language, head)
         for module in part.modules()
     )
     return (
-        not watched
+        not changed
         and all(type(w) is nn.Parameter and w.device.type == "cpu" and w.dtype == torch.float32 for w in weights)
         and sum(4 * weight.numel() for weight in weights) <= MOST_BYTES
-        and all(type(layer) is LlamaDecoderLayer for layer in layers)
-        and all(type(linear) in (nn.Linear, PackedLinear) and linear.bias is None for linear in linears)
-        and all(type(linear) in (nn.Linear, PackedLinear) for linear in (head.head, head.head_new))
+        and all(type(norm) is LlamaRMSNorm for norm in (*norms, body.norm))
+        and all(type(cross.query_norm) is nn.RMSNorm for cross in looking)
+        and all(type(linear) in (nn.Linear, PackedLinear) for linear in linears)
+        and all(linear.bias is None for linear in linears[:own])
         and body.config.hidden_act == "silu"
         and body.rotary_emb.rope_type == "default"
     )

@@ -185,10 +185,11 @@ def _prompted(references: list[Truth], predictions: list[list[Source] | None], o
             true_values[name].append(true[name])
         options.progress("oracle", k + 1, len(references))
     titles = {"stated": "stated attributes", "all": "every stated attribute"}
-    measures = _shares(judged, ("stated", "all", *CHOICES), titles)
+    measures = _shares(judged, ("all", "stated", *CHOICES), titles)
     _add_baselines(measures, true_values, {})
-    _add_share(measures[0], whole)
-    _add_whole(measures[1], whole)
+    if measures:
+        _add_whole(measures[0], whole)
+        _add_share(measures[1], whole)
     return Scores(measures, notes=_unreadable(lost, true_values), problems=problems)
 
 

@@ -44,9 +44,10 @@ class Kept:
     def get(self, weights: Sequence[Tensor], make: Callable[[], Any]) -> Any:
         """The kept result, or a fresh one that is kept."""
         key = tuple([(weight.data_ptr(), weight._version, weight.dtype) for weight in weights])
-        if self.entry is None or self.entry[0] != key:
-            self.entry = (key, tuple(weight.detach() for weight in weights), make())
-        return self.entry[2]
+        entry = self.entry  # another thread may forget it meanwhile
+        if entry is None or entry[0] != key:
+            self.entry = entry = (key, tuple(weight.detach() for weight in weights), make())
+        return entry[2]
 
 
 class Keeps(nn.Module):

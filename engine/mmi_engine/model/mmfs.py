@@ -218,11 +218,9 @@ class Projecting(Keeps):
 
     def _value_map(self) -> PackedMap:
         weights = self._value_weights()
-        weight, bias, scale, *shift = weights
-        none = torch.zeros_like(scale)
-        return self.kept_values.get(
-            weights, lambda: PackedMap(*joined(weight, scale.diag(), shift[0] if shift else none, bias))
-        )
+        weight, bias, scale, *shift = (tensor.detach() for tensor in weights)
+        moved = bias + weight @ shift[0] if shift else bias
+        return self.kept_values.get(weights, lambda: PackedMap(weight * scale, moved))
 
 
 def project_all(blocks: Sequence[Projecting], features: Tensor) -> list[Tensor]:

@@ -149,7 +149,7 @@ class MMFSUNet(nn.Module):
     def indexes(self, dtype: torch.dtype) -> bool:
         """Whether the kernel looks rows of values up by index; the others gather them in every call."""
         block = self.mmfs_blocks[0]
-        return not self.compiled and resolve(block.mmfs.backend, block.positions.device, dtype) != "torch"
+        return resolve(block.mmfs.backend, block.positions.device, dtype) != "torch"
 
     def forward(self, latents: Tensor, timesteps: Tensor, context: Tensor, vision: ImageVision | None = None) -> Tensor:
         """One prediction.
