@@ -205,7 +205,7 @@ def test_workers_hold_the_tensors_they_write(monkeypatch: pytest.MonkeyPatch) ->
         raise KeyboardInterrupt
 
     as_with_two_threads(monkeypatch, "sample_lanes", look)
-    monkeypatch.setattr(numba_cpu, "_plain", tracked)
+    monkeypatch.setattr(numba_cpu, "plain", tracked)
     monkeypatch.setattr(numba_cpu, "wait", impatient)
     with suppress(KeyboardInterrupt):
         deform_sample(*inputs(), backend="numba")

@@ -23,7 +23,7 @@ Model = TypeVar("Model", bound=nn.Module)
 FEW_ROWS = 32
 """Rows of one item (dimensions but the first and the last) below which the ordinary product is as fast. Not counted
 over the batch, so that an item takes one path whatever stands beside it."""
-MOST_BYTES = 512 * 2**20
+MOST_BYTES = 128 * 2**20
 """Weights of this size in all are laid out a second time; a larger model keeps its own alone."""
 
 
