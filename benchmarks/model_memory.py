@@ -1,6 +1,6 @@
 """Memory estimates of `mmi model info` beside measured peaks, for random models of a few sizes on the CPU.
 
-    python benchmarks/model_memory.py [--sizes small,medium] [--runs 5]
+    python benchmarks/model_memory.py [--sizes small,medium] [--runs 5] [--kernel torch]
 
 For every size fresh processes load the model, read pictures and text up to the context given, and draw one picture;
 resident memory is read after loading and at its peak. Prints one JSON line per size, bytes: what was measured above the
@@ -101,6 +101,7 @@ def status(name):
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(name))
 before = status("VmRSS")
 model = load_model(folder)
+model.set_backend(sys.argv[3])
 weights = status("VmRSS") - before
 open("/proc/self/clear_refs", "w").write("5")
 picture = Image.linear_gradient("L").resize((config.vision.image_size,) * 2).convert("RGB")
@@ -108,19 +109,20 @@ pieces = [Piece("text", "Pip is on the beach near a ball."), Piece("image", pict
 fill(model, [[*pieces, Piece("image", None)]], [0], Settings(steps=2, guidance=2.0), 1)
 peak = status("VmHWM") - before
 count = sum(value.numel() for value in model.state_dict().values())
-needed = need(config, count, "fp32", tokens=images * (config.tokens_per_image + 11))
+needed = need(config, count, "fp32", tokens=images * (config.tokens_per_image + 11),
+              copied=sys.argv[3] == "torch")
 context = needed.tokens * needed.cache_per_token + images * needed.per_image + needed.per_picture
 print(json.dumps(dict(parameters=count, weights=weights, weights_estimate=needed.weights, peak=peak,
                       peak_estimate=needed.weights + context + needed.working)))
 """
 
 
-def measure(size: str, runs: int) -> dict:
+def measure(size: str, runs: int, kernel: str) -> dict:
     """Make a model, measure it in processes of its own, remove it; the run with the largest peak."""
     found = []
     with tempfile.TemporaryDirectory(prefix="mmi-memory-") as folder:
         make(size, Path(folder))
-        command = [sys.executable, "-c", CHILD.format(paths=PATHS), folder, str(SIZES[size][4])]
+        command = [sys.executable, "-c", CHILD.format(paths=PATHS), folder, str(SIZES[size][4]), kernel]
         for _ in range(runs):
             run = subprocess.run(command, capture_output=True, text=True, check=False)
             assert run.returncode == 0, run.stderr
@@ -132,6 +134,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", default="tiny,small,medium")
     parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--kernel", choices=["auto", "torch"], default="auto")
     wanted = parser.parse_args()
     for name in wanted.sizes.split(","):
-        sys.stdout.write(json.dumps(measure(name, wanted.runs)) + "\n")
+        sys.stdout.write(json.dumps(measure(name, wanted.runs, wanted.kernel)) + "\n")

@@ -7,18 +7,20 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def test_the_estimate_is_near_the_peak_and_not_below_it() -> None:
-    command = [sys.executable, str(ROOT / "benchmarks/model_memory.py"), "--sizes", "tiny"]
+@pytest.mark.parametrize("kernel", ["auto", "torch"])
+def test_the_estimate_is_near_the_peak_and_not_below_it(kernel: str) -> None:
+    command = [sys.executable, str(ROOT / "benchmarks/model_memory.py"), "--sizes", "tiny", "--kernel", kernel]
     run = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert run.returncode == 0, run.stderr
     found = json.loads(run.stdout)
     assert found["weights_estimate"] == 4 * found["parameters"]
     assert 0.97 < found["weights"] / found["weights_estimate"] < 1.05, found
-    # the estimate counts MMFS's sampling locations, which numba's loop never stores
-    assert 0.65 < found["peak"] / found["peak_estimate"] <= 1, found
+    assert 0.85 < found["peak"] / found["peak_estimate"] <= 1, found
 
 
 def test_every_table_of_the_page_ends_before_the_next_paragraph() -> None:

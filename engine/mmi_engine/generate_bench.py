@@ -51,9 +51,7 @@ STAGES = {
 """Methods of `Maker` and what their time is called; what is left over is called "rest"."""
 TOKENS_OF = {"text": "token", "texts": "tokens of eight"}  # sweeps whose tokens have figures of their own
 SENTENCE = "Pip runs to the lake near a red ball."
-LEVELS_APART = 2
-"""Pictures of two forms may differ by this many of 255 levels, since sums are taken in another order; a story feeds its
-pictures back, so there every picture may differ by so many more than the one before."""
+LEVELS_APART = 2  # pictures of two forms may differ by this many of 255 levels: sums are taken in another order
 
 
 @dataclass(frozen=True)
@@ -202,7 +200,7 @@ def run(
         if case.sweep in TOKENS_OF:
             figures += [_token_figure(case, form, results) for form, results in runs.items()]
         for form in list(FORMS)[1:]:
-            difference = apart(runs["kept"][0][2], runs[form][0][2], fed_back=case.make == "story")
+            difference = apart(runs["kept"][0][2], runs[form][0][2])
             if difference:
                 where = {"sweep": case.sweep, "x": case.x, "value": str(getattr(case, case.x))}
                 troubles.append({**where, "reason": f"{form}: {difference}"})
@@ -259,16 +257,14 @@ def _pieces(model: MMInterleaved, case: Case, number: int) -> list[Piece]:
     return [*pieces, Piece("text" if case.make == "text" else "image")]
 
 
-def apart(kept: Sequence[Piece], again: Sequence[Piece], *, fed_back: bool = False) -> str:
-    """What differs between two results; empty where tokens agree and pictures as ``LEVELS_APART`` says."""
-    allowed = 0 if fed_back else LEVELS_APART
+def apart(kept: Sequence[Piece], again: Sequence[Piece]) -> str:
+    """What differs between two results; empty where tokens agree and pictures within ``LEVELS_APART`` levels."""
     for one, other in zip(kept, again, strict=True):
         if one.kind == "text" and one.value != other.value:
             return f"another text: {one.value!r} and {other.value!r}"
         if one.kind == "image":
             gap = int(np.abs(np.asarray(one.value, int) - np.asarray(other.value, int)).max())
-            allowed += LEVELS_APART if fed_back else 0
-            if gap > allowed:
+            if gap > LEVELS_APART:
                 return f"pictures are {gap} of 255 levels apart"
     return ""
 

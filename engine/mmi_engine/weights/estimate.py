@@ -7,6 +7,7 @@ prompt) is an estimate that errs to the high side; docs/model.md has it beside m
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ STAGE_COPIES = 6
 """Feature maps of the VAE's widest stage that are alive at once (a residual block with float32 norms)."""
 UNET_COPIES = 12
 """Maps of the U-Net's finest stage that are alive at once, feed-forward of its transformer included."""
-LIBRARIES = 192 * 2**20
+LIBRARIES = 104 * 2**20
 """What a first step costs beside its tensors: code and tables of the libraries, workspaces of convolutions, what the
 allocator keeps, and the visual encoder's own activations. Measured, see ``benchmarks/model_memory.py``."""
 
@@ -33,7 +34,8 @@ class Need:
         weights: all parameters and buffers.
         cache_per_token: keys and values of one token of one sequence.
         per_image: feature maps F1..F4 of an image and what the language model's MMFS keeps of it.
-        per_picture: what the U-Net's MMFS keeps of the images that a drawn picture looks at.
+        per_picture: what the U-Net's MMFS keeps of the images that a drawn picture looks at; without a kernel that
+            looks its values up by row, also a copy for each half of guidance.
         working: the largest step at batch size 1, with what the libraries need for it.
         tokens, images: of the context that is meant.
     """
@@ -67,8 +69,19 @@ def layer_linear_weights(config: ModelConfig) -> int:
     return int(sizes["num_hidden_layers"]) * (attention + 3 * width * int(sizes["intermediate_size"]))
 
 
+def gathers() -> bool:
+    """Whether no kernel is installed that looks values up by row (numba, CuPy), so that torch copies them."""
+    return not any(importlib.util.find_spec(name) for name in ("numba", "cupy"))
+
+
 def need(
-    config: ModelConfig, parameters: int, dtype: str, llm_bits: int | None = None, *, tokens: int | None = None
+    config: ModelConfig,
+    parameters: int,
+    dtype: str,
+    llm_bits: int | None = None,
+    *,
+    tokens: int | None = None,
+    copied: bool | None = None,
 ) -> Need:
     """What a model needs.
 
@@ -78,6 +91,7 @@ def need(
         dtype: ``fp32``, ``bf16`` or ``fp16``, of weights and computation.
         llm_bits: 8 or 4 for a quantised language model.
         tokens: length of the sequence; ``None`` is a full context, of 2048 at most.
+        copied: whether MMFS runs in torch, which copies values; ``None`` as :func:`gathers` says.
     """
     size, language, decoder = DTYPE_BYTES[dtype], config.language, config.image_decoder
     sizes = language.transformers
@@ -103,7 +117,7 @@ def need(
         weights=int(weights),
         cache_per_token=2 * layers * key_heads * head * size,
         per_image=maps + values * size,
-        per_picture=picture * size,
+        per_picture=picture * size * (3 if (gathers() if copied is None else copied) else 1),
         working=LIBRARIES + max(_vae_step(decoder.vae) * size, _unet_step(decoder.unet) * size, logits),
         tokens=tokens,
         images=min(config.language.mmfs.max_images - 1 if language.mmfs else tokens, tokens // per_image_tokens),
