@@ -87,7 +87,7 @@ def test_the_released_size_is_told_for_every_kind_of_machine() -> None:
     assert told(24) == "fits in bf16 with the language model in 8 bits or 4 bits: --llm-bits"
     assert told(16) == "fits in bf16 with the language model in 4 bits: --llm-bits"
     assert told(14) == "fits with layers on other devices or in main memory: --device-map auto"
-    assert told(4) == "does not fit; bf16 lacks 27.9 GiB"
+    assert told(4) == "does not fit; bf16 lacks 27.8 GiB"
     assert told(38, "cpu") == "fits in bf16"
 
 

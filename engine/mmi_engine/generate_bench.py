@@ -105,7 +105,6 @@ def cases(quick: bool) -> list[Case]:
     found += [Case("answers", "batch", "text", tokens=12, batch=n, items=8 if quick else 32) for n in (1, 8)]
     found += [Case("items", "items", "text", tokens=tokens, batch=4, items=n) for n in (4, 8, 16)]
     found += [Case("story", "frames", "story", steps=steps, frames=n) for n in (2, 4)]
-    found.append(Case("story", "steps", "story", steps=5 * steps, frames=4))
     return found
 
 

@@ -56,21 +56,9 @@ def attend(
     """
     dtype, (batch, queries, _), levels = values.dtype, logits.shape, len(shapes)
     floats = [values, offsets, logits, *tables, reference, *(() if token is None else (token,))]
-    others = [visible] if rows is None else [visible, rows]
-    if any(tensor.device.type != "cpu" for tensor in (*floats, *others)):
-        raise ValueError("tensors on different devices")
-    if len(visible) == 1:
-        visible = visible.expand(batch, -1, -1)
-    points, per_level = _fitting(shapes, len(scales), *(t.shape for t in floats[:6]), visible.shape)
-    heads, dim, images, rows_of_tables = *values.shape[2:], visible.shape[2], len(tables[0])
-    if tuple(values.shape[:1] if rows is None else rows.shape) != (batch,) or (
-        token is not None and token.numel() != heads * dim
-    ):
-        raise ValueError(f"values {tuple(values.shape)} do not fit {batch} sequences, their rows or the token")
-    if images >= rows_of_tables and bool((visible != 0).sum(-1).max() >= rows_of_tables):
-        raise IndexError(f"a query sees more images than the tables tell apart, which is {rows_of_tables - 1}")
-    if rows is not None and len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < len(values):
-        raise IndexError(f"rows must be within [0, {len(values)})")
+    visible = visible.expand(batch, -1, -1) if len(visible) == 1 else visible
+    points, per_level = _checked(shapes, len(scales), floats, visible, rows)
+    heads, dim, images = *values.shape[2:], visible.shape[2]
     plan = plan_of(
         shapes * images,
         torch.Size((batch, *values.shape[1:])),
@@ -94,6 +82,25 @@ def attend(
     )
     _spread(fields, plan, queries, (floats, visible, spans, sources, plan, out, fields))
     return out if dtype == torch.float32 else out.to(dtype)
+
+
+def _checked(
+    shapes: tuple[tuple[int, int], ...], scales: int, floats: list[Tensor], visible: Tensor, rows: Tensor | None
+) -> tuple[int, bool]:
+    """(points, whether every level has its own offsets); raises as `attend`. floats: its float tensors in order."""
+    if any(tensor.device.type != "cpu" for tensor in (*floats, visible, *(() if rows is None else (rows,)))):
+        raise ValueError("tensors on different devices")
+    values, logits, known = floats[0], floats[2], len(floats[3])
+    found = _fitting(shapes, scales, *(tensor.shape for tensor in floats[:6]), visible.shape)
+    token = floats[6].numel() if len(floats) > 6 else values.shape[2] * values.shape[3]
+    sources = values.shape[:1] if rows is None else rows.shape
+    if tuple(sources) != (len(logits),) or token != values.shape[2] * values.shape[3]:
+        raise ValueError(f"values {tuple(values.shape)} do not fit {len(logits)} sequences, their rows or the token")
+    if visible.shape[2] >= known and bool((visible != 0).sum(-1).max() >= known):
+        raise IndexError(f"a query sees more images than the tables tell apart, which is {known - 1}")
+    if rows is not None and len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < len(values):
+        raise IndexError(f"rows must be within [0, {len(values)})")
+    return found
 
 
 def _spread(fields: np.ndarray, plan: Plan, queries: int, owners: tuple[Any, ...]) -> None:

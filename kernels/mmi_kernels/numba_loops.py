@@ -57,10 +57,7 @@ OPTIONS = {"nogil": True, "fastmath": {"reassoc", "contract", "nsz"}, "error_mod
 def named_after(function: Any, *sources: str) -> None:
     """Lets the name that numba files the code of `function` under tell of the files `sources`, too.
 
-    numba itself notices only when the function's own file changes.
-
-    Raises:
-        OSError: a file cannot be read.
+    numba itself notices only when the function's own file changes. Raises OSError where a file cannot be read.
     """
     content = b"".join(Path(source).read_bytes() for source in sources)
     function.__qualname__ += f"_{hashlib.sha256(content).hexdigest()[:16]}"

@@ -16,44 +16,38 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from mmi_engine.model.language import LanguageModel
 from mmi_engine.model.mmfs import MMFS, Projecting, Shapes, relative_index
-from mmi_engine.model.packed import Packed
 from mmi_engine.model.unet import MMFSBlock
 from mmi_kernels import deform_sample
+
+SWITCHES = {"backend": "torch", "plain": True, "lean": False}
+"""Attributes of modules that leave out kernels, oneDNN's layouts (`model/packed.py`) and `step.py`."""
 
 
 @contextmanager
 def literal(model: nn.Module) -> Iterator[None]:
     """While it lasts, every MMFS of ``model`` computes literally and all deformable sampling goes through torch."""
-    backends = [(module, module.backend) for module in model.modules() if hasattr(module, "backend")]
+    before = [(m, name, getattr(m, name)) for m in model.modules() for name in SWITCHES if hasattr(m, name)]
     changed: list[tuple[nn.Module, str]] = []
-    before: list[tuple[nn.Module, str, bool]] = []
-    for module, _ in backends:
-        module.backend = "torch"
+    for module, name, _ in before:
+        setattr(module, name, SWITCHES[name])
     for module in model.modules():
         if isinstance(module, MMFS):
             module.forward = partial(_forward, module)
             changed.append((module, "forward"))
-        elif isinstance(module, MMFSBlock):
+        if isinstance(module, MMFSBlock):
             module.out_map = lambda: None
             changed.append((module, "out_map"))
         if isinstance(module, Projecting):
             module.keeps_values = lambda: False
             changed.append((module, "keeps_values"))
-        for name, value in (("plain", True), ("lean", False)):
-            if isinstance(module, Packed if name == "plain" else LanguageModel):
-                before.append((module, name, getattr(module, name)))
-                setattr(module, name, value)
     try:
         yield
     finally:
-        for module, backend in backends:
-            module.backend = backend
-        for module, name in changed:
-            vars(module).pop(name)
         for module, name, value in before:
             setattr(module, name, value)
+        for module, name in changed:
+            vars(module).pop(name)
 
 
 def _forward(

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmi_engine.model.config import LAID_OUT_TWICE
 from mmi_engine.model.kept import Keeps, Kept
 from mmi_engine.model.rows import SteadyConv2d
 
@@ -23,8 +24,7 @@ Model = TypeVar("Model", bound=nn.Module)
 FEW_ROWS = 32
 """Rows of one item (dimensions but the first and the last) below which the ordinary product is as fast. Not counted
 over the batch, so that an item takes one path whatever stands beside it."""
-MOST_BYTES = 128 * 2**20
-"""Weights of this size in all are laid out a second time; a larger model keeps its own alone."""
+MOST_BYTES = LAID_OUT_TWICE
 
 
 _linear, _reordered, _convolution = (

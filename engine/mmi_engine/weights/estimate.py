@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mmi_engine.model.config import ModelConfig, VAEConfig
+from mmi_engine.model.config import LAID_OUT_TWICE, ModelConfig, VAEConfig
 
 DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 LLM_BITS_BYTES = {8: 1.0, 4: 0.5 + 4 / 64}
@@ -36,7 +36,8 @@ class Need:
         per_image: feature maps F1..F4 of an image and what the language model's MMFS keeps of it.
         per_picture: what the U-Net's MMFS keeps of the images that a drawn picture looks at; without a kernel that
             looks its values up by row, also a copy for each half of guidance.
-        working: the largest step at batch size 1, with what the libraries need for it.
+        working: the largest step at batch size 1, with what the libraries need for it; of a small model in fp32 also
+            the second layouts that a CPU makes of its weights.
         tokens, images: of the context that is meant.
     """
 
@@ -113,12 +114,13 @@ def need(
         blocks = _unet_blocks(decoder.unet)
         picture = blocks * decoder.mmfs.width * sum(cells) * decoder.context_images
     logits = tokens * config.tokens.vocab_size * 4
+    second = parameters * size if dtype == "fp32" and parameters * size <= LAID_OUT_TWICE else 0
     return Need(
         weights=int(weights),
         cache_per_token=2 * layers * key_heads * head * size,
         per_image=maps + values * size,
         per_picture=picture * size * (3 if (gathers() if copied is None else copied) else 1),
-        working=LIBRARIES + max(_vae_step(decoder.vae) * size, _unet_step(decoder.unet) * size, logits),
+        working=LIBRARIES + second + max(_vae_step(decoder.vae) * size, _unet_step(decoder.unet) * size, logits),
         tokens=tokens,
         images=min(config.language.mmfs.max_images - 1 if language.mmfs else tokens, tokens // per_image_tokens),
     )
