@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -145,3 +149,21 @@ def test_a_compiled_unet_draws_the_same() -> None:
 def test_what_cannot_be_compiled_is_said_at_once() -> None:
     with pytest.raises(BackendError, match="leave out --compile"):
         compile_unet(tiny_model(), 1, backend="no such backend")
+
+
+@torch.no_grad()
+def test_attention_is_not_asked_for_its_arguments_in_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """diffusers inspects a processor's signature at each call; this is remembered, in copies of a model too."""
+    model, plan = tiny_model(seed=3), Denoising(1, 2.0, "ddim")
+    expected = denoise(model, request_of(1, [4], [1]), plan)
+    twin = copy.deepcopy(model)
+
+    find = inspect._signature_from_function  # type: ignore[attr-defined]
+
+    def read(cls: type, function: Callable[..., object], *rest: object, **named: object) -> object:
+        assert "AttnProcessor" not in function.__qualname__, "a processor's signature was read anew"
+        return find(cls, function, *rest, **named)
+
+    monkeypatch.setattr(inspect, "_signature_from_function", read)
+    for each in (model, twin):
+        assert torch.equal(denoise(each, request_of(1, [4], [1]), plan), expected)
