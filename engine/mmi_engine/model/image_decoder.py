@@ -91,13 +91,14 @@ class ImageDecoder(nn.Module):
         seeing: int | None = None,
         draw: bool = True,
         timestep_shift: float = 1.0,
+        cells: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Mean loss of N pictures given their contexts, and the :meth:`context_tokens` it was made with.
 
         Args:
             draw: without it the :meth:`diffusion_loss` is left out and counts as 0.
             timestep_shift: above 1 more of the time steps are noisy ones, see :func:`shifted_timesteps`.
-            hidden, mask, features, visible, latents, noise_repeats, seeing: see there.
+            hidden, mask, features, visible, latents, noise_repeats, seeing, cells: see there.
         """
         tokens = self.context_tokens(hidden, mask)
         if not draw:
@@ -117,6 +118,7 @@ class ImageDecoder(nn.Module):
             draws=Draws(timesteps=steps),
             noise_repeats=noise_repeats,
             seeing=seeing,
+            cells=cells,
         ).loss
         return loss, tokens
 
@@ -133,6 +135,7 @@ class ImageDecoder(nn.Module):
         moments: Tensor | None = None,
         noise_repeats: int = 1,
         seeing: int | None = None,
+        cells: Tensor | None = None,
     ) -> DiffusionResult:
         """Mean squared error on noise or velocity, Eq. 3.
 
@@ -147,6 +150,7 @@ class ImageDecoder(nn.Module):
             draws: random numbers; missing ones are drawn.
             noise_repeats: noise levels per image; context and features are computed once for all of them.
             seeing: see :meth:`MMFSUNet.look`.
+            cells: ``[N, h, w]`` what every cell of an image's latent counts; all alike by default.
         """
         batch = len(tokens)
         uniform = draws.uncond_uniform if draws.uncond_uniform is not None else torch.rand_like(tokens[:, :1, :1])
@@ -163,6 +167,7 @@ class ImageDecoder(nn.Module):
             latents, tokens = latents.repeat(noise_repeats, 1, 1, 1), tokens.repeat(noise_repeats, 1, 1)
             vision = None if vision is None else vision.repeat(noise_repeats, batch)
             weights = weights.repeat(noise_repeats) / noise_repeats
+            cells = None if cells is None else cells.repeat(noise_repeats, 1, 1)
         noise = draws.diffusion_noise if draws.diffusion_noise is not None else torch.randn_like(latents)
         steps = draws.timesteps
         if steps is None:
@@ -171,7 +176,8 @@ class ImageDecoder(nn.Module):
         prediction = self.unet(noisy.to(tokens.dtype), steps, tokens, vision)
         velocity = self.scheduler.config.prediction_type == "v_prediction"
         target = self.scheduler.get_velocity(latents, noise, steps) if velocity else noise
-        per_image = F.mse_loss(prediction.float(), target.float(), reduction="none").mean(dim=(1, 2, 3))
+        errors = F.mse_loss(prediction.float(), target.float(), reduction="none")
+        per_image = (errors if cells is None else errors * cells[:, None]).mean(dim=(1, 2, 3))
         loss = (per_image * self._snr_weight(steps) * weights).sum()
         return DiffusionResult(loss, per_image.detach(), prediction, noisy, latents)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -31,6 +31,7 @@ from mmi_engine.sequence import (
     text_targets,
     tokenize,
 )
+from mmi_engine.train.balance import cell_weights, class_weights
 from mmi_engine.train.cache import FRAMES, Cache
 from mmi_engine.train.quiz import quiz
 from mmi_engine.train.words import labels
@@ -103,13 +104,15 @@ class Batch:
     """Per image the classes of :mod:`mmi_engine.train.words`: of its detailed captions."""
     told: Tensor | None = None
     """Per image the classes of the text right before it."""
+    cells: Tensor | None = None
+    """Per image what the cells of its latents count, see :mod:`mmi_engine.train.balance`."""
 
     def to(self, device: torch.device | str) -> Batch:
         """The batch on ``device``, ready for the model."""
         inputs = self.inputs.to(device)
         images = inputs.images.permute(0, 3, 1, 2).float() / 255
-        words, told = (None if part is None else part.to(device) for part in (self.words, self.told))
-        return Batch(replace(inputs, images=images), self.names, words, told)
+        rest = (None if part is None else part.to(device) for part in (self.words, self.told, self.cells))
+        return Batch(replace(inputs, images=images), self.names, *rest)
 
     def pin_memory(self) -> Batch:
         """The batch in page-locked memory (what a loader does for CUDA)."""
@@ -227,6 +230,7 @@ class Mixture:
         per_image: placeholders of one image.
         row_images: images of every row, see :class:`mmi_engine.train.recipe.DataConfig`; 0 for any number.
         words: batches hold the classes of :mod:`mmi_engine.train.words`.
+        class_balance, emphasis: above 0 batches hold the weights of :mod:`mmi_engine.train.balance`.
 
     Raises:
         ConfigError: unknown task, or no task with a positive weight.
@@ -246,6 +250,8 @@ class Mixture:
         per_image: int,
         row_images: int = 0,
         words: bool = False,
+        class_balance: float = 0.0,
+        emphasis: Mapping[str, float] | None = None,
     ) -> None:
         unknown = sorted(set(weights) - set(BUILDERS))
         if unknown or not any(weights.values()):
@@ -255,6 +261,7 @@ class Mixture:
         self.tokenizer, self.tokens = tokenizer, tokens
         self.seed, self.row_tokens, self.per_image, self.row_images = seed, row_tokens, per_image, row_images
         self.words = words
+        self.class_weights = class_weights(cache, class_balance, emphasis or {}) if class_balance else None
         self.tasks = [task for task, weight in weights.items() if weight]
         total = sum(weights.values())
         self.edges = np.cumsum([weights[task] / total for task in self.tasks])
@@ -341,11 +348,11 @@ class Mixture:
             latents=None if self.latents is None else self.sampled_latents(references, latent_rng),
             image_loss_mask=torch.tensor([float(flag) for row in rows for flag in row.drawn]),
         )
-        names = [name for row in rows for name in row.names]
+        batch = Batch(inputs, [name for row in rows for name in row.names], cells=self.cells(references))
         if not self.words:
-            return Batch(inputs, names)
+            return batch
         shown = [" / ".join(self._details(reference)) for reference in references]
-        return Batch(inputs, names, labels(shown), labels(text for row in rows for text in row.told))
+        return replace(batch, words=labels(shown), told=labels(text for row in rows for text in row.told))
 
     def _details(self, reference: Reference) -> list[str]:
         """The detailed captions of a picture; none of a map or blank."""
@@ -364,6 +371,14 @@ class Mixture:
             array = self.cache.array(reference.kind, reference.story)[reference.frame]
             arrays.append(self.palette[array] if reference.kind == "maps" else array)
         return torch.from_numpy(np.stack(arrays))
+
+    def cells(self, references: list[Reference]) -> Tensor | None:
+        """Weights ``[N, h, w]`` of the cells of latents; ``None`` where all count alike."""
+        if self.class_weights is None or self.latents is None:
+            return None
+        side = self.cache.array(self.latents, 0).shape[-1]
+        maps = np.stack([self.cache.array("maps", r.story)[r.frame] for r in references])
+        return torch.from_numpy(cell_weights(maps, self.class_weights, side))
 
     def sampled_latents(self, references: list[Reference], rng: np.random.Generator) -> Tensor:
         """Scaled latents ``[N, C, h, w]``, a sample of the codec's posterior each; zeros for all but pictures."""

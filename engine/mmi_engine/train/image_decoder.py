@@ -55,7 +55,8 @@ class Pictures:
 
     hidden ``[P, K, d_llm]`` contexts, nearest first · mask ``[P, K]`` long · features maps ``[P, M, C, h_l, w_l]`` of
     the images before · visible ``[P, M]`` · latents ``[P, C, h, w]`` scaled · seeing: how many see an image; they come
-    first. told ``[P, classes]``: of the text before each, for :mod:`mmi_engine.train.words`.
+    first. told ``[P, classes]``: of the text before each, for :mod:`mmi_engine.train.words`. cells ``[P, h, w]``: what
+    each cell counts, see :mod:`mmi_engine.train.balance`.
     """
 
     hidden: Tensor
@@ -65,6 +66,7 @@ class Pictures:
     latents: Tensor
     seeing: int
     told: Tensor | None = None
+    cells: Tensor | None = None
 
 
 class Kept:
@@ -80,6 +82,7 @@ class Kept:
         self.features: list[list[Tensor]] = []
         self.latents: list[Tensor] = []
         self.told: list[Tensor] = []
+        self.weights: list[Tensor] = []
         self.records: list[tuple[Tensor, ...]] = []
         self.images = self.rows = 0
 
@@ -105,6 +108,8 @@ class Kept:
         self.latents.append(inputs.latents.half())
         if batch.told is not None:
             self.told.append(batch.told)
+        if batch.cells is not None:
+            self.weights.append(batch.cells.half())
         self.images, self.rows = self.images + len(inputs.images), self.rows + len(hidden)
 
     def close(self) -> None:
@@ -119,6 +124,7 @@ class Kept:
         self.maps = [torch.cat(level) for level in zip(*self.features, strict=True)]
         self.targets = torch.cat(self.latents)
         self.words = torch.cat(self.told) if self.told else None
+        self.cells = torch.cat(self.weights) if self.weights else None
         self.row, self.end, self.length, self.image, self.before, self.visible = (
             torch.cat(column) for column in zip(*self.records, strict=True)
         )
@@ -128,7 +134,7 @@ class Kept:
             )
         sees = self.visible.any(dim=1)
         self.seeing, self.blind = sees.nonzero().squeeze(1), (~sees).nonzero().squeeze(1)
-        self.hidden, self.features, self.latents, self.told, self.records = [], [], [], [], []
+        self.hidden, self.features, self.latents, self.told, self.weights, self.records = [], [], [], [], [], []
 
     def count_seeing(self, pictures: int) -> int:
         """How many of so many pictures see an image: the share among all that are kept, to the nearest eighth."""
@@ -152,8 +158,9 @@ class Kept:
         features = [maps[self.before[chosen].clamp(min=0)] for maps in self.maps]
         latents = self.targets[self.image[chosen]].float()
         told = None if self.words is None else self.words[self.image[chosen]]
+        cells = None if self.cells is None else self.cells[self.image[chosen]].float()
         visible, seeing = self.visible[chosen], self.count_seeing(len(draws))
-        return Pictures(hidden, mask.long(), features, visible, latents, seeing, told)
+        return Pictures(hidden, mask.long(), features, visible, latents, seeing, told, cells)
 
 
 class ContextWords(nn.Module):
@@ -193,10 +200,18 @@ class _Loss(nn.Module):
         self.draw, self.shift = objective.draw, objective.timestep_shift
 
     def forward(
-        self, hidden: Tensor, mask: Tensor, visible: Tensor, latents: Tensor, told: Tensor, *features: Tensor
+        self,
+        hidden: Tensor,
+        mask: Tensor,
+        visible: Tensor,
+        latents: Tensor,
+        told: Tensor,
+        cells: Tensor,
+        *features: Tensor,
     ) -> tuple[Tensor, ...]:
         inputs = (hidden, mask, list(features), visible, latents)
-        arguments = (*inputs, self.noise_repeats, self.seeing, self.draw, self.shift)
+        weights_of_cells = cells if cells.numel() else None
+        arguments = (*inputs, self.noise_repeats, self.seeing, self.draw, self.shift, weights_of_cells)
         if self.dtype == torch.float32:
             loss, tokens = self.decoder(*arguments)
         else:
@@ -238,7 +253,8 @@ class ImageDecoderObjective(nn.Module):
         """The loss and, detached, its parts."""
         p = pictures
         told = p.mask.new_zeros((len(p.mask), 1)) if p.told is None else p.told
-        tensors = (p.hidden, p.mask, p.visible, p.latents, told, *p.features)
+        cells = p.latents.new_empty(0) if p.cells is None else p.cells
+        tensors = (p.hidden, p.mask, p.visible, p.latents, told, cells, *p.features)
         if self.cuda_graph and self.training and p.hidden.is_cuda:
             losses = self._record(tensors, p.seeing)(*tensors)
         else:

@@ -163,6 +163,8 @@ class InterleavedTask:
             per_image=self.model.config.tokens_per_image,
             row_images=self.recipe.data.row_images,
             words=self.recipe.loss.words > 0,
+            class_balance=self.recipe.loss.class_balance,
+            emphasis=self.recipe.loss.emphasis,
         )
 
     def batch(self, index: int) -> Batch:

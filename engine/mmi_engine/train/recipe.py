@@ -62,6 +62,12 @@ class Recipe:
         require(not self.loss.words or world, "loss.words needs data.source toon")
         shifted = self.loss.timestep_shift != 1
         require(not shifted or self.task == "image_decoder", "loss.timestep_shift is for the task image_decoder")
+        balance = self.loss.class_balance
+        require(not balance or self.task == "image_decoder", "loss.class_balance is for the task image_decoder")
+        require(0 <= balance <= 1, "loss.class_balance must be between 0 and 1")
+        emphasis = self.loss.emphasis
+        require(not emphasis or balance > 0, "loss.emphasis needs loss.class_balance above 0")
+        require(all(factor > 0 for factor in emphasis.values()), "loss.emphasis: factors must be above 0")
         kept = self.task == "image_decoder" and self.loss.words > 0
         require(not self.loss.keep or kept, "loss.keep needs loss.words and the task image_decoder")
 

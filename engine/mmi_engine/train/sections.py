@@ -163,6 +163,11 @@ class LossConfig:
     """Share of pictures that learn without their context; ``None`` leaves the model's own (0.1)."""
     timestep_shift: float = 1.0
     """Above 1 more of the drawn time steps are noisy ones (``image_decoder``), as in Esser et al. 2024."""
+    class_balance: float = 0.0
+    """Cells of a picture count the more, the rarer what they show: share of the class to the power of minus this, 0 to
+    1 (``image_decoder``, built-in world only), see :mod:`mmi_engine.train.balance`."""
+    emphasis: dict[str, float] = field(default_factory=dict)
+    """Beside ``class_balance``: class of the semantic map → how many times more its cells count."""
     words: float = 0.0
     """Weight of telling the words of a text from visual tokens and maps (``interleaved``) or from context tokens
     (``image_decoder``) through a throw-away head, see :mod:`mmi_engine.train.words`; of the built-in world only."""
