@@ -142,8 +142,9 @@ def _seen(one: VisualContext | None, other: VisualContext | None) -> VisualConte
     if images == 0:
         return replace(one, visible=visible)
     shapes = one.shapes or other.shapes
-    cells = images * sum(height * width for height, width in shapes)
-    pattern = next(side.values[0] for side in (one, other) if side.visible.shape[-1])
+    seeing = one if one.visible.shape[-1] else other
+    pattern = seeing.values[0]
+    cells = images * (pattern.shape[1] // seeing.visible.shape[-1])
 
     def padded(side: VisualContext, layer: int) -> Tensor:
         if not side.visible.shape[-1]:

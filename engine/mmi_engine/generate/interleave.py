@@ -237,7 +237,8 @@ class Maker:
             torch.stack([torch.cat([e.values[layer] for e in document.encoded]) for document in rows])
             for layer in range(len(first[0].values))
         ]
-        return Values(layers, [(m.shape[1], m.shape[2]) for m in first[0].features[self.config.language.finest_map :]])
+        maps = first[0].features[self.config.language.finest_map :]
+        return Values(layers, [(m.shape[1], m.shape[2]) for m in maps], len(first))
 
     def prompt(self, batch: list[tuple[Document, int]], *, left: bool) -> Prompt:
         """The batch's prompts behind what was read of them before, padded to their common rounded-up length."""

@@ -43,10 +43,11 @@ class Past:
 
 @dataclass
 class Values:
-    """Projected values of all images of the rows, one ``[B, M·S, H, D]`` per MMFS layer, and the sizes of the maps."""
+    """Projected values of all images of the rows, one ``[B, M·S, H, D]`` per MMFS layer, the maps' sizes, and M."""
 
     layers: list[Tensor]
     shapes: Shapes
+    images: int
 
 
 @dataclass
@@ -128,9 +129,7 @@ def _visual(model: MMInterleaved, prompt: Prompt, ids: Tensor) -> VisualContext 
     if prompt.values is None:
         features = prompt.visual.features if prompt.visual is not None else ()
         return model.visual_context(ids, features, prompt.counts)
-    cells = sum(height * width for height, width in prompt.values.shapes)
-    images = prompt.values.layers[0].shape[1] // cells
-    visible = language_visibility(ids, model.config.tokens, images)
+    visible = language_visibility(ids, model.config.tokens, prompt.values.images)
     return VisualContext(prompt.values.layers, prompt.values.shapes, visible)
 
 

@@ -22,6 +22,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMS
 
 from mmi_engine.model.interleaved import MMInterleaved
 from mmi_engine.model.language import GatedMMFS, MMFSDecoderLayer, RoomyLayer, VisualContext
+from mmi_engine.model.mmfs import MMFS
 from mmi_engine.model.packed import MOST_BYTES, PackedLinear
 from mmi_kernels import mmfs_attention
 
@@ -174,6 +175,8 @@ def _serves(model: MMInterleaved, weights: Sequence[Tensor], cache: Cache | None
     linears += [getattr(layer.mlp, f"{name}_proj") for layer in layers for name in ("gate", "up", "down")]
     own = len(linears)  # without a bias in Llama
     looking = [layer.cross for layer in body.layers if isinstance(layer, MMFSDecoderLayer)]
+    if not all(type(cross.mmfs) is MMFS for cross in looking):
+        return False
     linears += [getattr(cross.mmfs, name) for cross in looking for name in ("query_proj", "offsets", "logits")]
     linears += [*(cross.mmfs.output_proj for cross in looking), head.head, head.head_new]
     norms = [norm for layer in layers for norm in (layer.input_layernorm, layer.post_attention_layernorm)]

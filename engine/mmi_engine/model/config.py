@@ -130,7 +130,13 @@ class MMFSConfig:
     """When real maps are larger than ``levels`` say: True keeps offsets relative to the picture, False (released) keeps
     them in cells of the real map."""
 
+    attention: str = "deformable"
+    """``deformable`` (the paper's); for ablations ``dense``, every query attends to every cell, or ``resampled``, to
+    what a Q-Former leaves of each image (paper Table 6). See `model/dense.py`."""
+
     def __post_init__(self) -> None:
+        kinds = ("deformable", "dense", "resampled")
+        _require(self.attention in kinds, f"mmfs.attention must be one of {', '.join(kinds)}")
         _require(self.width % self.heads == 0, "mmfs.width must be a multiple of mmfs.heads")
         _require(self.max_images >= 2, "mmfs.max_images must be at least 2")
 

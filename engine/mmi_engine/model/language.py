@@ -21,8 +21,9 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from mmi_engine.errors import ModelError
 from mmi_engine.model.config import LanguageConfig, SpecialTokens
+from mmi_engine.model.dense import synchronizer
 from mmi_engine.model.kept import Keeps
-from mmi_engine.model.mmfs import MMFS, Projecting, Shapes, project_all
+from mmi_engine.model.mmfs import Projecting, Shapes, project_all
 
 ROOM = 64
 """Columns by which a KV cache grows at a time."""
@@ -86,7 +87,7 @@ class GatedMMFS(Projecting):
         assert config.mmfs is not None
         self.query_norm = nn.RMSNorm(d_model, eps=eps)
         self.feature_norm = nn.RMSNorm(d_value, eps=eps)
-        self.mmfs = MMFS(config.mmfs, d_query=d_model, d_value=d_value, d_out=d_model, base=config.mmfs_base)
+        self.mmfs = synchronizer(config.mmfs, d_query=d_model, d_value=d_value, d_out=d_model, base=config.mmfs_base)
         self.gate = nn.Parameter(torch.zeros(1))
 
     def forward(self, hidden: Tensor, values: Tensor, shapes: Shapes, visible: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -59,6 +60,9 @@ class MMFS(Keeps):
         d_out: width of the output.
         base: side of the grid in whose cells offsets are measured (16 in the LLM, the query map's side in the U-Net).
     """
+
+    affine = True
+    """Whether values are a linear map of the features."""
 
     def __init__(self, config: MMFSConfig, *, d_query: int, d_value: int, d_out: int, base: int) -> None:
         super().__init__()
@@ -195,7 +199,8 @@ class Projecting(Keeps):
     """A module around MMFS with a norm of its own for what MMFS looks at: ``feature_norm`` and ``mmfs``."""
 
     feature_norm: nn.RMSNorm | nn.LayerNorm
-    mmfs: MMFS
+    mmfs: Any
+    """:class:`MMFS`, or one of `model/dense.py`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -209,7 +214,7 @@ class Projecting(Keeps):
 
     def keeps_values(self) -> bool:
         """Whether the norm's scale and shift may be drawn into the projection."""
-        return self.kept_values.may(self.training, self._value_weights())
+        return self.mmfs.affine and self.kept_values.may(self.training, self._value_weights())
 
     def _value_weights(self) -> tuple[Tensor, ...]:
         norm, linear = self.feature_norm, self.mmfs.value_proj

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 
 from mmi_engine.errors import ModelError
 from mmi_engine.model.config import MMFSConfig
+from mmi_engine.model.dense import synchronizer
 from mmi_engine.model.kept import joined
-from mmi_engine.model.mmfs import MMFS, Projecting, Shapes, project_all
+from mmi_engine.model.mmfs import Projecting, Shapes, project_all
 from mmi_engine.model.packed import PackedMap
 from mmi_engine.model.positions import resize_grid, sincos_2d
 from mmi_kernels import resolve
@@ -42,7 +43,7 @@ class MMFSBlock(Projecting):
         super().__init__()
         self.query_norm = nn.LayerNorm(channels, eps=1e-6)
         self.feature_norm = nn.LayerNorm(d_value, eps=1e-6)
-        self.mmfs = MMFS(config, d_query=channels, d_value=d_value, d_out=channels, base=side)
+        self.mmfs = synchronizer(config, d_query=channels, d_value=d_value, d_out=channels, base=side)
         self.zero_conv = nn.Conv2d(channels, channels, 1)
         nn.init.zeros_(self.zero_conv.weight)
         nn.init.zeros_(self.zero_conv.bias)
