@@ -1,4 +1,4 @@
-"""Steps over fixed buffers, as `--cuda-graphs` records them, here called one by one on a CPU: against the other path."""
+"""Steps over fixed buffers as `--cuda-graphs` records them, here called on a CPU: against the other path."""
 
 from __future__ import annotations
 
@@ -236,16 +236,16 @@ def test_recordings_are_bounded(model) -> None:
     [
         ("cpu", "numba", {}, BackendError, "needs a CUDA device, the run is on cpu; leave out --cuda-graphs"),
         ("cuda", "torch", {}, BackendError, "needs the CUDA kernel"),
-        ("cuda", "cuda", {"compiled": True}, UsageError, "--compile; leave out one"),
+        ("cuda", "cuda", {"compile": True}, UsageError, "--compile; leave out one"),
         ("cuda", "cuda", {"llm_bits": 8}, UsageError, "--llm-bits"),
         ("cuda", "cuda", {"device_map": "auto"}, UsageError, "--device-map"),
     ],
 )
 def test_where_it_cannot_be_met_it_is_refused(device, kernel, others, error, match) -> None:
-    given = {"compiled": False, "llm_bits": None, "device_map": None} | others
+    unset = {"compile": False, "llm_bits": None, "device_map": None}
     with pytest.raises(error, match=match):
-        refuse_elsewhere(device, kernel, **given)
-    refuse_elsewhere("cuda", "cuda", compiled=False, llm_bits=None, device_map=None)
+        refuse_elsewhere(device, kernel, unset | others)
+    refuse_elsewhere("cuda", "cuda", unset)
 
 
 @pytest.mark.parametrize(

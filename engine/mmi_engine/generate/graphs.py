@@ -12,7 +12,7 @@ Recordings serve a model whose weights stay as they are. Source: torch.cuda.grap
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -35,12 +35,12 @@ OPTION = "--cuda-graphs"
 Buffers = TypeVar("Buffers", bound="FixedUNet | Any")
 
 
-def refuse_elsewhere(device: str, kernel: str, *, compiled: bool, llm_bits: int | None, device_map: str | None) -> None:
+def refuse_elsewhere(device: str, kernel: str, unfit: Mapping[str, Any]) -> None:
     """Raises BackendError or UsageError where the option cannot be met, before any weights are read.
 
     Args:
         device, kernel: as resolved: "cpu" or "cuda", "cuda", "torch" or "numba".
-        compiled, llm_bits, device_map: the options of these names.
+        unfit: options that do not go together with this one, by name, and their values.
     """
     if device != "cuda":
         raise BackendError(f"{OPTION} needs a CUDA device, the run is on {device}", remedy=f"leave out {OPTION}")
@@ -49,10 +49,10 @@ def refuse_elsewhere(device: str, kernel: str, *, compiled: bool, llm_bits: int 
             f"{OPTION} needs the CUDA kernel, the run's is {kernel!r}: it copies from the host in every call",
             remedy=f"install CuPy (see mmi doctor) and leave out --kernel, or leave out {OPTION}",
         )
-    others = {"--compile": compiled, "--llm-bits": llm_bits, "--device-map": device_map}
-    named = [name for name, value in others.items() if value]
-    if named:
-        raise UsageError(f"{OPTION} does not go together with {named[0]}", remedy="leave out one of them")
+    for name, value in unfit.items():
+        if value:
+            option = "--" + name.replace("_", "-")
+            raise UsageError(f"{OPTION} does not go together with {option}", remedy="leave out one of them")
 
 
 def refuse_model(model: MMInterleaved) -> None:
@@ -178,9 +178,8 @@ class FixedUNet:
         self.keys = text_keys(self.unet, self.tokens)
         self.vision = _own(vision, {})
         self._recording = Recording(self._predict, latents.device, self.unet)
-        own = {
-            id(t): t for t in (self.latents, self.tokens, *(known for _, known in self.keys), *_tensors(self.vision))
-        }
+        buffers = [self.latents, self.tokens, *(known for _, known in self.keys), *_tensors(self.vision)]
+        own = {id(buffer): buffer for buffer in buffers}
         self.bytes = self._recording.bytes + sum(t.numel() * t.element_size() for t in own.values())
 
     def load(self, tokens: Tensor, vision: ImageVision | None) -> None:

@@ -104,7 +104,7 @@ class Decoder:
             self.cache.reorder_cache(rows)
 
     def settle(self, *, copy: bool = False) -> None:
-        """Bring the state back into cache, mask, position and visual: views until the buffers serve again, or copies."""
+        """Bring the state back into cache, mask, position, visual: views until the buffers serve again, or copies."""
         if self.fixed is not None:
             self.fixed.show(self, copy=copy)
             self.fixed = None
