@@ -116,6 +116,7 @@ def make_engine(options: dict[str, Any], decoding: str) -> Any:
         batch_size=options["batch_size"],
         fast=options.get("fast", False),
         compile=options.get("compile", False),
+        cuda_graphs=options.get("cuda_graphs", False),
         batching=options.get("batching", "fixed"),
         llm_bits=int(options["llm_bits"]) if options.get("llm_bits") else None,
         device_map=options.get("device_map"),

@@ -153,6 +153,11 @@ batch_options = stack(
         help="Items at a time; auto tries the first item.",
     ),
     click.option("--seed", metavar="S", type=click.IntRange(0), default=0, show_default=True, help="Seed of the run."),
+    click.option(
+        "--cuda-graphs",
+        is_flag=True,
+        help="CUDA only: record a token's and a denoising step's kernels and replay them.",
+    ),
 )
 
 image_options = stack(

@@ -40,7 +40,7 @@ class Choices:
         threads, batch_size: numbers or None.
         llm_bits: 8, 4 or None for the language model as it is; device_map: ``auto`` or None, see `load_model`.
         fast: the model's quick steps and guidance.
-        compile: the U-Net, see `generate/compiled.py`.
+        compile: the U-Net, see `generate/compiled.py`; cuda_graphs: record steps, see `generate/graphs.py`.
         batching: ``fixed`` or ``continuous``, see `generate/continuous.py`.
         decoding: key of `tasks.prompts.DECODING`: the task's own settings, below `settings`.
         settings: field of `generate.settings.Settings` → value, only those that were named.
@@ -57,6 +57,7 @@ class Choices:
     device_map: str | None = None
     fast: bool = False
     compile: bool = False
+    cuda_graphs: bool = False
     batching: str = "fixed"
     decoding: str | None = None
     local_rank: int = 0
@@ -125,9 +126,15 @@ class ModelEngine:
             "batch_size": self.batch_size,
             **({"llm_bits": self.choices.llm_bits} if self.choices.llm_bits else {}),
             **({"compile": True} if self.choices.compile else {}),
+            **({"cuda_graphs": True} if self.choices.cuda_graphs else {}),
             **({"batching": "continuous"} if self._continuous else {}),
             **generation,
         }
+        if self.choices.cuda_graphs:
+            from mmi_engine.generate.graphs import refuse_elsewhere
+
+            unfit = {name: getattr(self.choices, name) for name in ("compile", "llm_bits", "device_map")}
+            refuse_elsewhere(kind, self.resolved["kernel"], unfit)
         if self._continuous and self._settings.beams > 1:
             raise UsageError("--batching continuous writes without beams", remedy="add --beams 1")
         if known is None and self.batch_size > 1 and sample is not None:
@@ -177,6 +184,8 @@ class ModelEngine:
 
     def _try(self, job: Job, size: int) -> None:
         """The sample in a batch of `size`; a fault of the item is none of the probe's."""
+        if self._model.graphs is not None:
+            self._model.graphs.clear()  # of the size before: each is to be measured alone
         try:
             self.fill([job], [0], size)
         except Exception as error:
@@ -309,6 +318,11 @@ class ModelEngine:
             self.notice("compiling the U-Net, which may take minutes")
             rows = together(self.batch_size, self._unit)
             compile_unet(self._model, rows, guided=self._settings.guidance != 1.0)
+        if self.choices.cuda_graphs:
+            from mmi_engine.generate.graphs import Graphs, refuse_model
+
+            refuse_model(self._model)
+            self._model.graphs = Graphs(self._model.device)
 
     def _batches(self) -> str:
         """The batch size, and how many rows of it are computed at a time where these are fewer."""
@@ -368,6 +382,8 @@ class ModelEngine:
                 )
                 return self._gather(jobs, filled, batch_size)
         except torch.OutOfMemoryError:
+            if self._model.graphs is not None:
+                self._model.graphs.clear()
             torch.cuda.empty_cache()
             raise
 

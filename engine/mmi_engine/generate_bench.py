@@ -187,14 +187,14 @@ def run(
         torch.cuda.reset_peak_memory_stats(model.device)
     figures: list[Figure] = []
     troubles: list[dict[str, str]] = []
-    _once(model, replace(todo[0], make="story", tokens=1, steps=1), Reuse(), ticks)  # compiles kernels
+    once(model, replace(todo[0], make="story", tokens=1, steps=1), Reuse(), ticks)  # compiles kernels
     for case in todo:
         on_case(f"{case.sweep}, {getattr(case, case.x)} {case.x}")
         runs: dict[str, list[tuple[float, dict[str, float], list[Piece]]]] = {form: [] for form in FORMS}
         for _ in range(repeats):
             for form, reuse in FORMS.items():
                 with literal(model) if form == "literal" else nullcontext():
-                    runs[form].append(_once(model, case, reuse, ticks))
+                    runs[form].append(once(model, case, reuse, ticks))
         figures += [_figure(case, form, results) for form, results in runs.items()]
         if case.sweep in TOKENS_OF:
             figures += [_token_figure(case, form, results) for form, results in runs.items()]
@@ -223,7 +223,7 @@ def _peak(device: torch.device) -> int:
 
 
 @torch.no_grad()
-def _once(
+def once(
     model: MMInterleaved, case: Case, reuse: Reuse, ticks: Callable[[], float]
 ) -> tuple[float, dict[str, float], list[Piece]]:
     """Seconds, seconds per stage, and all pieces that were made."""

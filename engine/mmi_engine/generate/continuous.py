@@ -63,7 +63,7 @@ def write_texts(
         while waiting and most - len(running) >= (max(1, most // 4) if running else 1):
             alike = [index for index in waiting[: most - len(running)] if shapes[index] == shapes[waiting[0]]]
             waiting = waiting[len(alike) :]
-            joining = Decoder(model, prompt_of(alike))
+            joining = Decoder(model, prompt_of(alike), rows=most)
             decoder = joining if decoder is None or not running else _together(decoder, joining)
             running += [_Row(index, [model.config.tokens.bos]) for index in alike]
         assert decoder is not None
@@ -112,6 +112,8 @@ def _together(one: Decoder, other: Decoder) -> Decoder:
         raise UsageError(
             "--batching continuous does not serve language models with a sliding window", remedy="use --batching fixed"
         )
+    one.settle()
+    other.settle()
     columns = max(one.mask.shape[1], other.mask.shape[1])
     for mine, new in zip(one.cache.layers, other.cache.layers, strict=True):
         mine.keys = torch.cat([_columns(mine.keys, columns), _columns(new.keys, columns)])

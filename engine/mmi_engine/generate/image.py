@@ -17,6 +17,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from torch import Tensor
 
+from mmi_engine.generate.graphs import fixed_unet
 from mmi_engine.generate.reuse import Reuse, unet_anew
 from mmi_engine.generate.settings import Settings
 from mmi_engine.model.config import GenerationDefaults
@@ -104,10 +105,15 @@ def denoise(
         tokens = torch.cat([decoder.unconditional.to(dtype).expand_as(tokens), tokens])
     # diffusers takes a list of generators, one per row, wherever a step draws noise.
     noise = {"generator": request.generators} if plan.scheduler == "ddpm" else {}
-    with text_once(decoder.unet, tokens) if once and not decoder.unet.compiled else nullcontext():
+    recorded = None
+    if once and model.graphs is not None:
+        recorded = fixed_unet(model, model.graphs, latents, scheduler.timesteps[0], tokens, vision)
+    keys_once = once and recorded is None and not decoder.unet.compiled
+    with text_once(decoder.unet, tokens) if keys_once else nullcontext():
         for index, step in enumerate(scheduler.timesteps):
             inputs = latents if once or not guided else torch.cat([latents, latents])
-            predicted = decoder.unet(scheduler.scale_model_input(inputs, step), step, tokens, vision)
+            inputs = scheduler.scale_model_input(inputs, step)
+            predicted = decoder.unet(inputs, step, tokens, vision) if recorded is None else recorded(inputs, step)
             if guided:
                 unconditional, conditional = predicted.chunk(2)
                 predicted = unconditional + plan.guidance * (conditional - unconditional)

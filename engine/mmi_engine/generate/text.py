@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from mmi_engine.generate.fixed import FixedStep, fixed_step
 from mmi_engine.generate.reading import Prompt, Reading, read
 from mmi_engine.generate.reuse import Anew, Reuse, language_anew
 from mmi_engine.generate.settings import Settings
@@ -43,6 +44,7 @@ class Decoder:
         model, prompt: read here unless ``reading`` is given.
         copies: beams of every row.
         reuse: see `generate_text`.
+        rows: with recorded steps, the rows of their buffers where these are more than the decoder's own.
     """
 
     def __init__(
@@ -52,11 +54,15 @@ class Decoder:
         copies: int = 1,
         reuse: Reuse | None = None,
         reading: Reading | None = None,
+        rows: int = 0,
     ) -> None:
         reading = reading or read(model, prompt)
         self.model, self.mask = model, reading.mask
         self.cache, visual = reading.cache, reading.visual
-        self.lean = token_step(model, self.cache)
+        self.graphs = model.graphs if reuse is None or reuse.values else None
+        self.fixed: FixedStep | None = None  # where the state is once a step has been made, with graphs
+        self.rows = rows
+        self.lean = token_step(model, self.cache) if self.graphs is None else None
         self._sound: Tensor | None = None
         self.logits = self._checked(model.text_head(reading.hidden[:, -1]).float())
         self.position = reading.positions[:, -1:]
@@ -67,8 +73,7 @@ class Decoder:
             self.visual = replace(visual, visible=visual.visible[:, -1:])
         if copies > 1:
             self.cache.batch_repeat_interleave(copies)
-            rows = torch.arange(len(prompt.ids), device=prompt.ids.device).repeat_interleave(copies)
-            self._select(rows)
+            self._select(torch.arange(len(prompt.ids), device=prompt.ids.device).repeat_interleave(copies))
 
     def _select(self, rows: Tensor) -> None:
         self.logits, self.mask, self.position = self.logits[rows], self.mask[rows], self.position[rows]
@@ -83,15 +88,36 @@ class Decoder:
 
     def keep(self, rows: Tensor) -> None:
         """Go on with these rows alone."""
+        if self.fixed is not None:
+            self.fixed.keep(rows)
+            self.fixed.show(self)
+            self.logits = self.logits[rows]
+            return
         self.cache.batch_select_indices(rows)
         self._select(rows)
 
     def reorder(self, rows: Tensor) -> None:
         """Continue with these rows; beams of one item share its images, so those stay where they are."""
-        self.cache.reorder_cache(rows)
+        if self.fixed is not None:
+            self.fixed.reorder(rows)
+        else:
+            self.cache.reorder_cache(rows)
+
+    def settle(self, *, copy: bool = False) -> None:
+        """Bring the state back into cache, mask, position, visual: views until the buffers serve again, or copies."""
+        if self.fixed is not None:
+            self.fixed.show(self, copy=copy)
+            self.fixed = None
 
     def step(self, ids: Tensor) -> Tensor:
         """Append one token per row ``[B]``; returns the next logits ``[B, vocabulary]`` in float32."""
+        if self.graphs is not None:
+            if self.fixed is not None and self.fixed.full:
+                self.settle()
+            if self.fixed is None:
+                self.fixed = fixed_step(self, self.graphs, self.rows)
+            self.logits = self._checked(self.fixed(ids))
+            return self.logits
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(ids), 1)], dim=1)
         self.position = self.position + 1
         if self.lean is not None:

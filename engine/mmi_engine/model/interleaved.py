@@ -74,6 +74,7 @@ class MMInterleaved(nn.Module):
         self.config = config
         self.tokenizer: Any = None
         self.placement: Any = None
+        self.graphs: Any = None  # recorded steps, `generate/graphs.py`; None: every step is computed as it comes
         channels = config.vision.hidden_size
         self.language = LanguageModel(config.language, config.tokens, channels, parts and parts.body)
         d_llm = self.language.d_model

@@ -220,25 +220,33 @@ def _remember_signatures(unet: UNet2DConditionModel) -> None:
         processor.__call__ = _Signed(processor.__call__)
 
 
+TextKeys = list[tuple[nn.Module, Tensor]]
+"""Every linear map of the text in cross-attention, and what it gives."""
+
+
+def text_keys(unet: MMFSUNet, context: Tensor) -> TextKeys:
+    """Keys and values of ``context`` in every cross-attention."""
+    crossing = [m.attn2 for m in unet.unet.modules() if getattr(m, "attn2", None) is not None]
+    return [(linear, linear(context)) for attention in crossing for linear in (attention.to_k, attention.to_v)]
+
+
 @contextmanager
-def text_once(unet: MMFSUNet, context: Tensor) -> Iterator[None]:
-    """While it lasts, the keys and values of ``context`` in cross-attention are those computed now.
+def text_once(unet: MMFSUNet, context: Tensor, keys: TextKeys | None = None) -> Iterator[None]:
+    """While it lasts, the keys and values of ``context`` in cross-attention are ``keys``, by default computed now.
 
     Only this very tensor is recognised; any other is projected as ever.
     """
 
-    def kept(linear: nn.Module) -> Any:
-        known, project = linear(context), linear.forward
+    def kept(known: Tensor, project: Callable[[Tensor], Tensor]) -> Any:
         return lambda given: known if given is context else project(given)
 
-    crossing = [m.attn2 for m in unet.unet.modules() if getattr(m, "attn2", None) is not None]
-    linears = [linear for attention in crossing for linear in (attention.to_k, attention.to_v)]
-    for linear in linears:
-        linear.forward = kept(linear)
+    keys = text_keys(unet, context) if keys is None else keys
+    for linear, known in keys:
+        linear.forward = kept(known, linear.forward)
     try:
         yield
     finally:
-        for linear in linears:
+        for linear, _ in keys:
             vars(linear).pop("forward", None)
 
 

@@ -1,0 +1,122 @@
+"""Texts and pictures with and without `--cuda-graphs`: time per token and per denoising step, and whether they agree.
+
+    python benchmarks/graphs.py --out graphs.json [--models toon,medium] [--tokens 32] [--steps 20] [--repeats 2]
+
+On a CUDA device in bf16: the embedded model, and a random one of 245 million weights (`model_memory.py`'s "medium").
+Both forms in turns in one process, the first run of each left out (it compiles and records). Prints a table, writes
+device, versions and figures as JSON. With `--device cpu` the steps over buffers are called, not recorded: for trying
+this script out. Less than a minute on a recent GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT / name) for name in ("benchmarks", ".", "engine", "kernels")]
+
+import torch  # noqa: E402
+
+from mmi_engine import generate_bench  # noqa: E402
+from mmi_engine.generate.graphs import Graphs  # noqa: E402
+from mmi_engine.generate.reuse import Reuse  # noqa: E402
+from mmi_engine.kernel_bench import device_of  # noqa: E402
+from mmi_engine.versions import versions  # noqa: E402
+
+
+def cases(tokens: int, steps: int) -> list[generate_bench.Case]:
+    """Texts of one and eight rows after 0, 1 and 4 pictures, pictures of one and eight rows."""
+    case = generate_bench.Case
+    found = [
+        case("text", "images", "text", images=images, tokens=tokens, batch=rows, items=rows)
+        for rows in (1, 8)
+        for images in (0, 1, 4)
+    ]
+    return found + [case("picture", "images", "image", steps=steps, batch=rows, items=rows) for rows in (1, 8)]
+
+
+def load(name: str, device: str) -> Any:
+    """The embedded model, or a random one."""
+    if name == "toon":
+        return generate_bench.load(name, device, None)
+    from model_memory import make
+
+    with tempfile.TemporaryDirectory() as folder:
+        make(name, Path(folder) / name)
+        return generate_bench.load(str(Path(folder) / name), device, None)
+
+
+def measure(model: Any, case: generate_bench.Case, repeats: int) -> dict[str, Any]:
+    """Milliseconds per token or step of both forms, their ratio, and what differs between what they made."""
+    graphs = Graphs(model.device)
+    per = case.tokens - 1 if case.make == "text" else case.steps
+    seconds: dict[str, list[float]] = {"plain": [], "graphs": []}
+    made: dict[str, Any] = {}
+    for number in range(1 + repeats):
+        for form in seconds:
+            model.graphs = graphs if form == "graphs" else None
+            _, stages, made[form] = generate_bench.once(model, case, Reuse(), time.perf_counter)
+            if number:
+                seconds[form].append(stages["text" if case.make == "text" else "denoise"] / per)
+    model.graphs = None
+    plain, recorded = (1000 * statistics.median(seconds[form]) for form in ("plain", "graphs"))
+    return {
+        "makes": case.make,
+        "batch": case.batch,
+        "images": case.images,
+        "plain_ms": plain,
+        "graphs_ms": recorded,
+        "ratio": plain / recorded,
+        "recordings": graphs.made,
+        "differ": generate_bench.apart(made["plain"], made["graphs"]),
+    }
+
+
+def say(line: str) -> None:
+    """To stdout at once."""
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+def main() -> int:
+    """See module."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", default="toon,medium")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    device, start = device_of(options.device), time.perf_counter()
+    name = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else "CPU"
+    say(f"{name}, torch {torch.__version__}")
+    say(f"{'model':8} {'makes':6} {'batch':>5} {'images':>6} {'plain ms':>9} {'graphs ms':>9} {'ratio':>6}  differ")
+    figures: list[dict[str, Any]] = []
+    result = {"device": name, "torch": torch.__version__, "versions": versions(), "figures": figures}
+    for model_name in options.models.split(","):
+        model = load(model_name, device)
+        # Compiles the kernels, so that the first case's figures hold none of that.
+        generate_bench.once(model, replace(cases(2, 1)[0], make="story", images=1), Reuse(), time.perf_counter)
+        for case in cases(options.tokens, options.steps):
+            found = {"model": model_name, **measure(model, case, options.repeats)}
+            figures.append(found)
+            row = "{model:8} {makes:6} {batch:5} {images:6} {plain_ms:9.3f} {graphs_ms:9.3f} {ratio:6.2f}  {differ}"
+            say(row.format(**found))
+            result["seconds"] = time.perf_counter() - start
+            if options.out is not None:
+                options.out.write_text(json.dumps(result, indent=1) + "\n")
+    say(f"{time.perf_counter() - start:.0f} s")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
