@@ -166,7 +166,8 @@ def _panel(axis: Any, runs: Sequence[Run], names: list[str], key: tuple[str, str
         axis.plot(values, [place] * len(values), "o", color=color, markersize=4.5)
     some = next((run for run in runs if not math.isnan(run.value(key))), None)
     baselines = some.parts[key[0]][key[1]].get("baselines", {}) if some else {}
-    known = {name: value for name, value in baselines.items() if value is not None and not math.isnan(value)}
+    guesses = {name: value for name, value in baselines.items() if name != "copy"}  # a story's first frame, repeated
+    known = {name: value for name, value in guesses.items() if value is not None and not math.isnan(value)}
     if known:
         best = max(known, key=lambda name: known[name])
         axis.axvline(known[best], color="#444444", linestyle="--", linewidth=1)
@@ -247,8 +248,6 @@ def write_report(
     (out / "table.md").write_text(table(runs, order, about), encoding="utf-8")
     found = kinds(runs, order)
     if any(measured(runs, names) for names in found.values()):
-        title = (
-            f"Ablations of the embedded model ({about.get('name', '')}); points: seeds, dashed: best without training"
-        )
+        title = f"Ablations of the embedded model ({about.get('name', '')}); points: seeds, dashed: best guess without looking"
         plot(runs, order, out / "plot.png", title)
     sheet(out, runs, found.get("pictures", []), manifests, out / "sheet.png")

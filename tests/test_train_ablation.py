@@ -1,4 +1,4 @@
-"""The ablations' report: figures against hand-made ones, what is missing or failed; the recipes change one thing each."""
+"""The ablations' report: figures against hand-made ones, what is missing or failed; recipes that change one thing."""
 
 from __future__ import annotations
 
