@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,9 @@ from mmi_engine.errors import ConfigError, ModelError
 from mmi_engine.model.checkpoint import load_model, save_model
 from mmi_engine.model.presets import toon_config
 from mmi_engine.toon.tokenizer import VOCABULARY
+from mmi_engine.train import foundation
 from mmi_engine.train.cache import Cache
-from mmi_engine.train.interleaved import InterleavedTask, build_model, merged, redraw
+from mmi_engine.train.interleaved import InterleavedTask, build_model, redraw
 from mmi_engine.train.loop import Loop
 from mmi_engine.train.recipe import Recipe
 from mmi_engine.train.sections import DataConfig, LoopConfig, LossConfig, OptimConfig
@@ -107,19 +109,54 @@ def test_what_cannot_be_built_is_refused(task: InterleavedTask) -> None:
             build_model(dataclasses.replace(task.recipe, model=model))
 
     refused({}, "model.base is missing")
-    refused({**task.recipe.model, "name": "other"}, "keeps its configuration")
+    refused({**task.recipe.model, "visual_resampler": {"num_queries": 5}}, "do not fit the recipe's", ModelError)
+    refused({**task.recipe.model, "fresh": ["no_such_weight"]}, "no weight's name matches 'no_such_weight'")
+    refused({**task.recipe.model, "fresh": ["("]}, "is no regular expression")
+    refused({**task.recipe.model, "fresh": "mmfs"}, "is no list")
     refused({"base": "toon"}, "no codec", ModelError)
+    refused({"base": "toon", "fresh": ["mmfs"]}, "every weight of a fresh model")
+
+
+def test_what_is_changed_or_named_begins_fresh_and_all_else_is_the_bases(task: InterleavedTask) -> None:
+    stored = load_model(task.recipe.model["base"]).state_dict()
+    changes = {"partial": True, "without": ["language.mmfs"], "fresh": [r"\.mmfs_blocks\."]}
+    changes |= {"image_decoder": {"context_images": 3, "maps": [1], "mmfs": {"levels": [8]}}}
+    recipe = dataclasses.replace(task.recipe, model={**task.recipe.model, **changes})
+    state, again = build_model(recipe).state_dict(), build_model(recipe).state_dict()
+    # a decoder layer without MMFS is the library's own, not one around it
+    base = {re.sub(r"(body\.layers\.\d+\.)layer\.", r"\1", name): value for name, value in stored.items()}
+    assert set(state) < set(base) and all(".cross." in n for n in set(base) - set(state))
+    decoder = {n for n in state if not torch.equal(state[n], base[n])}
+    assert decoder and all(".mmfs_blocks." in n for n in decoder)
+    zero = [v for n, v in state.items() if ".zero_conv." in n]
+    assert zero and not any(bool(v.any()) for v in zero)  # the U-Net computes what it computes without MMFS
+    assert all(torch.equal(state[n], again[n]) for n in state)
+
+
+def test_the_embedded_model_is_the_base_where_parts_of_it_are_asked_for() -> None:
+    config = {"partial": True, "without": ["image_decoder.mmfs"], "visual_resampler": {"num_queries": 4}}
+    recipe = Recipe(task="interleaved", seed=1, model={"base": "toon", **config}, loss=LossConfig(image=0.0))
+    model, base = build_model(recipe), load_model("toon").state_dict()
+    state = model.state_dict()
+    assert {n for n in state if not torch.equal(state[n], base[n])} == {
+        n for n in state if "visual_tokenizer" in n and state[n].shape != base[n].shape
+    }
+    assert {n for n in base if n not in state} == {n for n in base if ".mmfs_blocks." in n}
+    assert model.config.loss_image_weight == 10.0  # a loss that this run had not
 
 
 def test_nested_configuration_values_are_replaced() -> None:
     vae = codec_config({"patch": 8, "image_size": 128, "diffusers": {"block_out_channels": [8], "latent_channels": 4}})
     config = toon_config(vae, VOCABULARY)
-    changed = merged(config, {"language": {"mmfs": None}, "image_decoder": {"mmfs": {"points": 2}}})
+    model = {"base": "toon", "language": {"mmfs": None}, "image_decoder": {"mmfs": {"points": 2}}}
+    changed = foundation.changed(config, Recipe(task="interleaved", model=model))
     assert changed.language.mmfs is None and changed.language.mmfs_every == config.language.mmfs_every
     assert changed.image_decoder.mmfs is not None and config.image_decoder.mmfs is not None
     assert changed.image_decoder.mmfs == dataclasses.replace(config.image_decoder.mmfs, points=2)
     with pytest.raises(ModelError, match="imagedecoder"):
-        merged(config, {"imagedecoder": {}})
+        foundation.changed(config, Recipe(task="interleaved", model={"imagedecoder": {}}))
+    with pytest.raises(ModelError, match="one feature map for each"):
+        foundation.changed(config, Recipe(task="interleaved", model={"image_decoder": {"maps": [1]}}))
 
 
 def test_redrawn_pictures_come_from_the_codec_and_maps_stay(task: InterleavedTask) -> None:

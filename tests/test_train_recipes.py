@@ -17,7 +17,7 @@ from mmi_engine.train.recipe import find, resolve, shipped
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "recipes.md"
 LINE = re.compile(r"^\| `(\w+)` \| `([\w.]+)` \| `(.+)` \| (.+) \|$", re.MULTILINE)
 LISTED = LINE.findall(PAGE.read_text(encoding="utf-8"))
-PAPER = sorted(name for name in shipped() if not name.startswith("toon_"))
+PAPER = sorted(name for name in shipped() if not name.startswith(("toon_", "ablation_toon_")))
 
 # Tables 11 to 15 once more, written down apart from the page: (input, output, rate, warm-up, steps, β2, ε, batch)
 TABLES = {

@@ -196,6 +196,8 @@ class ImageDecoderConfig:
     """``None`` switches MMFS off in the image decoder."""
     context_images: int = 1
     """How many preceding images of the document the U-Net's MMFS sees (released: 1; the paper allows all)."""
+    maps: tuple[int, ...] = (0, 1, 2, 3)
+    """Which of the feature maps F1 … F4 the U-Net's MMFS sees, one for each of ``mmfs.levels``; finest is 0."""
     unconditional_probability: float = 0.1
     """Share of training images whose context tokens are replaced by the learnt unconditional embedding."""
     min_snr_gamma: float | None = None
@@ -234,6 +236,14 @@ class ModelConfig:
         _require(
             decoder.mmfs is None or 1 <= decoder.context_images < decoder.mmfs.max_images,
             "image_decoder.context_images must be at least 1 and below image_decoder.mmfs.max_images",
+        )
+        _require(
+            decoder.mmfs is None or len(decoder.maps) == len(decoder.mmfs.levels),
+            "image_decoder.maps must name one feature map for each of image_decoder.mmfs.levels",
+        )
+        _require(
+            len(set(decoder.maps)) == len(decoder.maps) and set(decoder.maps) <= {0, 1, 2, 3},
+            "image_decoder.maps must be different numbers from 0 (finest) to 3",
         )
         _require(self.image_loss_mean in ("all", "counted"), "image_loss_mean must be 'all' or 'counted'")
         unet_cells = self.image_decoder.unet.get("sample_size")

@@ -64,7 +64,7 @@ class ImageDecoder(nn.Module):
         self.context_resampler = QFormer(config.context_resampler)
         shape = (1, config.context_resampler.num_queries, config.context_resampler.hidden_size)
         self.unconditional = nn.Parameter(torch.randn(shape) * 0.02)
-        self.unet = MMFSUNet(unet or UNet2DConditionModel(**config.unet), config.mmfs, d_value)
+        self.unet = MMFSUNet(unet or UNet2DConditionModel(**config.unet), config.mmfs, d_value, config.maps)
         self.codec = ImageCodec(config.vae, vae)
         self.scheduler = DDPMScheduler(**config.scheduler)
 

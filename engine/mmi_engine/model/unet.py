@@ -120,9 +120,15 @@ class ImageVision:
 class MMFSUNet(nn.Module):
     """``UNet2DConditionModel`` with one :class:`MMFSBlock` per skip feature and one for the middle."""
 
-    def __init__(self, unet: UNet2DConditionModel, config: MMFSConfig | None, d_value: int) -> None:
+    def __init__(
+        self,
+        unet: UNet2DConditionModel,
+        config: MMFSConfig | None,
+        d_value: int,
+        maps: Sequence[int] = (0, 1, 2, 3),
+    ) -> None:
         super().__init__()
-        self.unet = unet
+        self.unet, self.maps = unet, maps
         _remember_signatures(unet)
         self.compiled = False  # its blocks by `generate/compiled.py`
         blocks = []
@@ -133,12 +139,13 @@ class MMFSUNet(nn.Module):
         self.mmfs_blocks = nn.ModuleList(blocks)
 
     def look(self, features: list[Tensor], visible: Tensor, seeing: int | None = None) -> ImageVision | None:
-        """Project the maps F1..F4 ``[N, M, C, h_l, w_l]`` of the context images, ``visible`` ``[N, M]``.
+        """Project those of ``maps`` among F1..F4 ``[N, M, C, h_l, w_l]`` of the context images; ``visible`` ``[N, M]``.
 
         ``seeing``: how many of the N see anything, where they are known to come first; else the device is asked.
         """
         if not self.mmfs_blocks:
             return None
+        features = [features[number] for number in self.maps]
         if seeing is None:
             rows = visible.any(dim=1).nonzero().squeeze(1)
         else:

@@ -1,10 +1,12 @@
-"""The model that fine-tuning starts from: a model directory, what the recipe changes about it, what stays on the disk.
+"""The model that training starts from: a model directory, what the recipe changes about it, what stays on the disk.
 
-Place in the flow: ``finetune.py`` asks :func:`load` for the model to train and :func:`export` for the directory of the
-result. Keys of the recipe's ``[model]`` table: ``base`` (``toon`` or a model directory), ``partial`` (weights of the
-base that fit are taken, the others begin fresh), ``without`` (parts of the configuration set to null), and any value of
-the model's configuration, nested as there. A recipe that learns no pictures (``loss.image = 0``) leaves the image
-decoder on the disk: its tensors are copied from the base when the result is written.
+Place in the flow: ``finetune.py`` and ``interleaved.py`` ask :func:`load` for the model to train, the former also
+:func:`export` for the directory of the result. Keys of the recipe's ``[model]`` table: ``base`` (``toon`` or a model
+directory), ``partial`` (weights of the base that fit are taken, the others begin fresh), ``without`` (parts of the
+configuration set to null), ``fresh`` (regular expressions on names of weights that begin fresh although they would
+fit), and any value of the model's configuration, nested as there. On manifests a recipe that learns no pictures
+(``loss.image = 0``) leaves the image decoder on the disk: its tensors are copied from the base when the result is
+written.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +33,7 @@ from mmi_engine.weights import store
 
 logger = logging.getLogger(__name__)
 DECODER = "image_decoder."
-KEYS = ("base", "partial", "without")
+KEYS = ("base", "partial", "without", "fresh")
 _WRAPPED = re.compile(r"^(language\.body\.layers\.\d+)\.layer\.")
 _PLAIN = re.compile(r"^(language\.body\.layers\.\d+)\.(?!layer\.|cross\.)")
 
@@ -43,7 +46,7 @@ class Foundation:
         model: in training mode.
         directory: of the base.
         there: name → file and shape of the base's tensors.
-        fresh: names of weights that the base does not have in this shape.
+        fresh: names of weights that the base does not have in this shape, or that ``model.fresh`` names.
         left: prefix of what was not loaded, or "".
     """
 
@@ -62,6 +65,13 @@ class Foundation:
                 return tensor.float()
         raise ModelError(f"{self.directory} has no weight {name}", remedy="name the base of the run")
 
+    def config_to_keep(self) -> ModelConfig:
+        """The model's configuration as it is written: what the base said about a loss that this run had not stays."""
+        config = self.model.config
+        if config.loss_image_weight:
+            return config
+        return replace(config, loss_image_weight=ModelConfig.load(self.directory).loss_image_weight)
+
 
 def configuration(recipe: Recipe) -> tuple[ModelConfig, Path]:
     """The configuration that the recipe trains, and the base's directory; no weight is read.
@@ -74,7 +84,12 @@ def configuration(recipe: Recipe) -> tuple[ModelConfig, Path]:
     if not base:
         raise ConfigError("model.base is missing", remedy="name the model to start from: --model M")
     directory = locate(str(base))
-    table: dict[str, Any] = json.loads(ModelConfig.load(directory).to_json())
+    return changed(ModelConfig.load(directory), recipe), directory
+
+
+def changed(config: ModelConfig, recipe: Recipe) -> ModelConfig:
+    """``config`` with what the recipe's ``[model]`` and ``[loss]`` tables say; raises as :func:`configuration`."""
+    table: dict[str, Any] = json.loads(config.to_json())
     _merge(table, {key: value for key, value in recipe.model.items() if key not in KEYS})
     for part in recipe.model.get("without", ()):
         *parents, last = str(part).split(".")
@@ -87,7 +102,7 @@ def configuration(recipe: Recipe) -> tuple[ModelConfig, Path]:
     table["loss_text_weight"], table["loss_image_weight"] = recipe.loss.text, recipe.loss.image
     if recipe.loss.guidance_dropout is not None:
         table["image_decoder"]["unconditional_probability"] = recipe.loss.guidance_dropout
-    return ModelConfig.from_json(json.dumps(table)), directory
+    return ModelConfig.from_json(json.dumps(table))
 
 
 def _merge(into: dict[str, Any], new: dict[str, Any]) -> None:
@@ -98,28 +113,34 @@ def _merge(into: dict[str, Any], new: dict[str, Any]) -> None:
             into[key] = value
 
 
-def load(recipe: Recipe) -> Foundation:
+def load(recipe: Recipe, *, whole: bool = False) -> Foundation:
     """The model of the recipe with the base's weights, in float32 on the CPU.
+
+    Args:
+        recipe: its ``[model]``, ``[loss]`` and ``seed``.
+        whole: with the image decoder, whatever the losses are.
 
     Raises:
         ConfigError, ModelError: see :func:`configuration`; or weights that are damaged, stand in two files, or do not
-            fit without ``partial``.
+            fit without ``partial``; or an expression in ``fresh`` that is none or matches no weight.
     """
     config, directory = configuration(recipe)
-    left = "" if recipe.loss.image else DECODER
+    left = "" if recipe.loss.image or whole else DECODER
     with torch.device("meta"):
         shapes = {
             k: v.shape for k, v in MMInterleaved(config).state_dict().items() if not left or not k.startswith(left)
         }
     there = stored_tensors(directory)
-    tensors = _fitting(there, shapes)
+    asked = _asked_fresh(recipe, shapes)
+    tensors = _fitting(there, {name: shape for name, shape in shapes.items() if name not in asked})
     fresh = sorted(set(shapes) - set(tensors))
-    if fresh and not recipe.model.get("partial"):
-        changed = set(recipe.model) - {"base", "partial"}
+    strange = [name for name in fresh if name not in asked]
+    if strange and not recipe.model.get("partial"):
+        changes = set(recipe.model) - {"base", "partial", "fresh"}
         raise ModelError(
-            f"{directory}: {len(fresh)} tensors do not fit the recipe's configuration, first {fresh[0]}",
+            f"{directory}: {len(strange)} tensors do not fit the recipe's configuration, first {strange[0]}",
             remedy="remove the changes of [model], or set model.partial=true to begin them fresh"
-            if changed
+            if changes
             else STRANGERS,
         )
     torch.manual_seed(recipe.seed)  # fresh weights are the same in every process and run
@@ -138,6 +159,24 @@ def load(recipe: Recipe) -> Foundation:
         if name.endswith("ignore_token"):  # a constant of the released checkpoint
             parameter.requires_grad_(False)
     return Foundation(model.train(), directory, there, fresh, left)
+
+
+def _asked_fresh(recipe: Recipe, names: Collection[str]) -> set[str]:
+    """The weights that ``model.fresh`` names; raises ConfigError for an expression that is none or matches nothing."""
+    asked: set[str] = set()
+    patterns = recipe.model.get("fresh", ())
+    if isinstance(patterns, str):
+        raise ConfigError(f"model.fresh: {patterns!r} is no list", remedy=f"write model.fresh=[{patterns!r}]")
+    for pattern in patterns:
+        try:
+            found = {name for name in names if re.search(pattern, name)}
+        except (re.error, TypeError) as error:
+            raise ConfigError(f"model.fresh: {pattern!r} is no regular expression: {error}") from None
+        if not found:
+            remedy = "parameters.txt of a run lists the names; what loss.image=0 leaves on the disk is not among them"
+            raise ConfigError(f"model.fresh: no weight's name matches {pattern!r}", remedy=remedy)
+        asked |= found
+    return asked
 
 
 def _fitting(there: dict[str, tuple[Path, torch.Size]], shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
@@ -181,9 +220,5 @@ def export(foundation: Foundation, state: dict[str, Tensor], directory: Path, dt
     kinds = {k: dtype if v.is_floating_point() else v.dtype for k, v in tensors.items()}
     files = store.split([store.Planned(k, tuple(v.shape), kinds[k]) for k, v in tensors.items()])
     store.save(files, directory, lambda planned: tensors[planned.name].to(planned.dtype))
-    config = foundation.model.config
-    if not config.loss_image_weight:  # what the base said about a loss that this run had not
-        base = ModelConfig.load(foundation.directory)
-        config = replace(config, loss_image_weight=base.loss_image_weight)
-    store.write_text(directory / "config.json", config.to_json())
+    store.write_text(directory / "config.json", foundation.config_to_keep().to_json())
     foundation.model.tokenizer.copy_to(directory)

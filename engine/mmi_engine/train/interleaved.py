@@ -8,7 +8,6 @@ Held-out loss, a contact sheet of drawn stories and the exported model directory
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
@@ -23,14 +22,14 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from mmi_engine.errors import ConfigError
-from mmi_engine.model.checkpoint import load_model, save_model
-from mmi_engine.model.config import ModelConfig
+from mmi_engine.model.checkpoint import save_model
 from mmi_engine.model.interleaved import MMInterleaved
 from mmi_engine.model.presets import toon_config
 from mmi_engine.model.tokenizer import DirectoryTokenizer
 from mmi_engine.model.vae import ImageCodec
 from mmi_engine.sequence import InterleavedBatch
 from mmi_engine.toon.tokenizer import VOCABULARY
+from mmi_engine.train import foundation
 from mmi_engine.train.cache import FRAMES, Cache
 from mmi_engine.train.data import Batch, Mixture, describe
 from mmi_engine.train.recipe import Recipe
@@ -124,7 +123,7 @@ class InterleavedTask:
     """The task the loop runs.
 
     Args:
-        recipe: ``model.base`` (``toon`` or a model directory), other ``model`` keys replace configuration values.
+        recipe: its ``[model]`` table as :func:`build_model` reads it.
         train, val: caches of drawn pictures; latents are computed here where they are missing.
         progress: called with (shards encoded, shards in all).
     """
@@ -225,46 +224,26 @@ class InterleavedTask:
 
 
 def build_model(recipe: Recipe) -> MMInterleaved:
-    """A fresh ``toon`` model around the codec of ``data.codec``, or the model directory ``model.base`` to go on from.
+    """The model directory ``model.base`` to go on from, or for ``toon`` a fresh model of its shape around the codec of
+    ``data.codec``; with ``model.partial`` ``toon`` is the model that ships. The other keys are those of
+    :mod:`mmi_engine.train.foundation`.
 
     Raises:
-        ConfigError: ``model.base`` missing, or configuration values replaced in a model whose weights are kept.
+        ConfigError, ModelError: ``model.base`` missing, keys that need weights to start from and find none, or as
+            :func:`mmi_engine.train.foundation.load`.
     """
-    overrides = dict(recipe.model)
-    base = overrides.pop("base", None)
-    if not base:
-        raise ConfigError("model.base is missing", remedy='set it to "toon" or to a model directory')
-    if base != "toon":
-        model = load_model(base)
-        if overrides:
-            raise ConfigError("a trained model keeps its configuration", remedy="remove the other keys of [model]")
-        if recipe.loss.image > 0:
-            text, image = recipe.loss.text, recipe.loss.image
-            model.config = replace(model.config, loss_text_weight=text, loss_image_weight=image)
-        return model.train()
+    if recipe.model.get("base") != "toon" or recipe.model.get("partial"):
+        found = foundation.load(recipe, whole=True)
+        found.model.config = found.config_to_keep()
+        return found.model
+    if "fresh" in recipe.model:
+        remedy = "model.partial=true starts from the embedded model"
+        raise ConfigError("model.fresh: every weight of a fresh model begins fresh", remedy=remedy)
     codec = load_codec(recipe.data.codec)
-    tokenizer = DirectoryTokenizer(TOON_TOKENIZER)
-    config = toon_config(codec.config, VOCABULARY)
-    config = merged(config, {**overrides, "loss_text_weight": recipe.loss.text, "loss_image_weight": recipe.loss.image})
-    model = MMInterleaved(config)
+    model = MMInterleaved(foundation.changed(toon_config(codec.config, VOCABULARY), recipe))
     model.codec.load_state_dict(codec.state_dict())
-    model.tokenizer = tokenizer
+    model.tokenizer = DirectoryTokenizer(TOON_TOKENIZER)
     return model
-
-
-def merged(config: ModelConfig, overrides: dict[str, Any]) -> ModelConfig:
-    """``config`` with nested values replaced; unknown keys are errors of :class:`ModelConfig`."""
-    table = json.loads(config.to_json())
-
-    def merge(into: dict[str, Any], new: dict[str, Any]) -> None:
-        for key, value in new.items():
-            if isinstance(value, dict) and isinstance(into.get(key), dict):
-                merge(into[key], value)
-            else:
-                into[key] = value
-
-    merge(table, overrides)
-    return ModelConfig.from_json(json.dumps(table))
 
 
 def codec_key(codec: ImageCodec) -> str:

@@ -44,7 +44,7 @@ class Recipe:
     data: DataConfig = field(default_factory=DataConfig)
     model: dict[str, Any] = field(default_factory=dict)
     """``vae``: the fields of ``VAEConfig``, or ``base`` alone, the model whose codec is trained further.
-    ``interleaved``: ``base`` (model directory or preset) and overrides."""
+    The others: see :mod:`mmi_engine.train.foundation`."""
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)

@@ -112,7 +112,7 @@ def need(
         values = blocks * language.mmfs.width * sum(cells[language.finest_map :])
     if decoder.mmfs is not None:
         blocks = _unet_blocks(decoder.unet)
-        picture = blocks * decoder.mmfs.width * sum(cells) * decoder.context_images
+        picture = blocks * decoder.mmfs.width * sum(cells[m] for m in decoder.maps) * decoder.context_images
     logits = tokens * config.tokens.vocab_size * 4
     second = parameters * size if dtype == "fp32" and parameters * size <= LAID_OUT_TWICE else 0
     return Need(
