@@ -5,7 +5,7 @@
 On a CUDA device in bf16: the embedded model, and a random one of 245 million weights (`model_memory.py`'s "medium").
 Both forms in turns in one process, the first run of each left out (it compiles and records). Prints a table, writes
 device, versions and figures as JSON. With `--device cpu` the steps over buffers are called, not recorded: for trying
-this script out. Less than a minute on a recent GPU.
+this script out. The JSON is written anew after every case.
 """
 
 from __future__ import annotations

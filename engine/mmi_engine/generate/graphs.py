@@ -4,7 +4,7 @@ Place in the flow: `engine.py` asks `refuse_elsewhere` and `refuse_model`, then 
 and `image.denoise` look there. A step is an ordinary function of buffers that stay where they are (`fixed.py`, and
 `FixedUNet` here): what it reads is copied in, what it gives is copied out before the buffers are used again. On a CUDA
 device the function is recorded by its first use; on any other it is simply called, which tests compare with the other
-path. What a function launches is some hundreds of small kernels, whose launches take longer than the kernels.
+path.
 
 Recordings serve a model whose weights stay as they are. Source: torch.cuda.graphs, "CUDA semantics" of its manual.
 """
