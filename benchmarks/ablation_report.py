@@ -248,6 +248,6 @@ def write_report(
     (out / "table.md").write_text(table(runs, order, about), encoding="utf-8")
     found = kinds(runs, order)
     if any(measured(runs, names) for names in found.values()):
-        title = f"Ablations of the embedded model ({about.get('name', '')}); points: seeds, dashed: best guess without looking"
+        title = f"Ablations of the embedded model ({about.get('name', '')}); points: seeds, dashed: best blind guess"
         plot(runs, order, out / "plot.png", title)
     sheet(out, runs, found.get("pictures", []), manifests, out / "sheet.png")
