@@ -10,7 +10,7 @@ answer questions and write captions. The first named recipe of either kind is wh
     OUT/table.md  plot.png  sheet.png  pictures/                  RUNS/RECIPE-SEED  run directories, results of `eval`
 
 A run with its JSON file is not done again, one that was interrupted goes on from its checkpoint. Scoring (the oracle
-takes 40 to 60 ms a picture) goes on in other processes while the next run trains.
+takes about 40 ms a picture) goes on in other processes while the next run trains.
 """
 
 from __future__ import annotations
