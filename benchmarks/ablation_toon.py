@@ -167,7 +167,7 @@ class Ablation:
         self.waiting: dict[tuple[str, int], tuple[dict[str, Any], dict[str, Future[Any]]]] = {}
         self.drawn: dict[str, Future[Path]] = {}
         self.manifests: dict[str, Path] = {}
-        self.about: dict[str, Any] = {}
+        self.machine = {} if given.only_report else machine()
 
     def all(self) -> list[Run]:
         """Train and evaluate what is missing; returns every run."""
@@ -208,6 +208,8 @@ class Ablation:
             self._free()
             manifests = {part: self.drawn[part].result() for part in PARTS[facts["kind"]] if part in self.drawn}
             self.manifests |= manifests
+            items = {part: self.counts[part] for part in manifests}
+            facts["measured"] = {"machine": self.machine, "steps": self.given.steps, "items": items}
             started = time.monotonic()
             generate(folder / "model", manifests, self.counts, folder / "eval", self.given)
             facts["generation_seconds"] = round(time.monotonic() - started, 1)
@@ -254,9 +256,7 @@ class Ablation:
                     if path.is_file():
                         runs.append(Run(**json.loads(path.read_text(encoding="utf-8"))))
                         break
-        self.about = self.about or machine()
-        about = {**self.about, "steps": self.given.steps, "items": self.counts, "changes": self.given.set}
-        write_report(self.out, runs, self.given.recipes, about, self.manifests)
+        write_report(self.out, runs, self.given.recipes, self.manifests)
         return runs
 
     def _file(self, name: str, seed: int) -> Path:
