@@ -46,6 +46,8 @@ class Run:
     seconds: float = 0.0
     generation_seconds: float = 0.0
     held_out: dict[str, float] = field(default_factory=dict)
+    measured: dict[str, Any] = field(default_factory=dict)
+    """``machine``, ``steps`` of sampling (None: the model's own) and ``items`` by part."""
     parts: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
     failed: str = ""
 
@@ -95,12 +97,19 @@ def _digits(key: tuple[str, str]) -> int:
     return 3 if key[1] == "mIoU" else 1
 
 
-def table(runs: Sequence[Run], order: Sequence[str], about: dict[str, Any]) -> str:
+def machines(runs: Sequence[Run]) -> str:
+    """Names of the devices that the runs were made on."""
+    return ", ".join(dict.fromkeys(run.measured["machine"]["name"] for run in runs if run.measured))
+
+
+def table(runs: Sequence[Run], order: Sequence[str]) -> str:
     """Markdown: a table of values and one of differences for every kind, and what failed."""
-    lines = [
-        f"{about.get('name', '')}, sampling steps {about.get('steps') or 'of the model'}, items {about.get('items')}",
-        "",
-    ]
+    lines = []
+    for shown in dict.fromkeys(json.dumps(run.measured) for run in runs if run.parts):
+        facts = json.loads(shown)
+        items = ", ".join(f"{count} {part}" for part, count in facts.get("items", {}).items())
+        name = facts.get("machine", {}).get("name", "")
+        lines += [f"{name}; {facts.get('steps') or 'the model’s own'} steps of sampling; {items}.", ""]
     for names in kinds(runs, order).values():
         keys = measured(runs, names)
         head = "| recipe | seeds | " + " | ".join(MEASURES[key] for key in keys) + " | training, s |"
@@ -239,15 +248,13 @@ def _rows(manifest: Path, count: int) -> list[tuple[Path, dict[str, Any]]]:
     return [(manifest.parent, json.loads(line)) for line in lines]
 
 
-def write_report(
-    out: Path, runs: Sequence[Run], order: Sequence[str], about: dict[str, Any], manifests: dict[str, Path]
-) -> None:
+def write_report(out: Path, runs: Sequence[Run], order: Sequence[str], manifests: dict[str, Path]) -> None:
     """All four files into ``out``; plot and sheet only where a run has figures."""
-    content = {"about": about, "runs": [asdict(run) for run in runs]}
+    content = {"runs": [asdict(run) for run in runs]}
     (out / "report.json").write_text(json.dumps(content, indent=1, allow_nan=True) + "\n", encoding="utf-8")
-    (out / "table.md").write_text(table(runs, order, about), encoding="utf-8")
+    (out / "table.md").write_text(table(runs, order), encoding="utf-8")
     found = kinds(runs, order)
     if any(measured(runs, names) for names in found.values()):
-        title = f"Ablations of the embedded model ({about.get('name', '')}); points: seeds, dashed: best guess without looking"
+        title = f"Ablations of the embedded model ({machines(runs)}); points: seeds, dashed: best blind guess"
         plot(runs, order, out / "plot.png", title)
     sheet(out, runs, found.get("pictures", []), manifests, out / "sheet.png")

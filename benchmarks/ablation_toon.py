@@ -10,7 +10,7 @@ answer questions and write captions. The first named recipe of either kind is wh
     OUT/table.md  plot.png  sheet.png  pictures/                  RUNS/RECIPE-SEED  run directories, results of `eval`
 
 A run with its JSON file is not done again, one that was interrupted goes on from its checkpoint. Scoring (the oracle
-takes 40 to 60 ms a picture) goes on in other processes while the next run trains.
+takes about 40 ms a picture) goes on in other processes while the next run trains.
 """
 
 from __future__ import annotations
@@ -48,20 +48,16 @@ def kind_of(recipe: Any) -> str:
     return "pictures" if recipe.loss.image > 0 else "text"
 
 
-def draw(folder: Path, counts: dict[str, int]) -> dict[str, Path]:
-    """The test items of every part, drawn once; name → manifest."""
+def draw(folder: Path, part: str, count: int) -> Path:
+    """The manifest of a part's test items, drawn once."""
     from mmi_engine.toon import measure
 
-    found = {}
-    for part, count in counts.items():
-        place = folder / f"{part}-{count}"
-        done = place / "done"
-        if done.is_file():
-            found[part] = Path(done.read_text(encoding="utf-8"))
-            continue
-        found[part] = measure.draw(place, TASKS[part], count).resolve()
-        done.write_text(str(found[part]), encoding="utf-8")
-    return found
+    place = folder / f"{part}-{count}"
+    done = place / "done"
+    if not done.is_file():
+        done.parent.mkdir(parents=True, exist_ok=True)
+        done.write_text(str(measure.draw(place, TASKS[part], count).resolve()), encoding="utf-8")
+    return Path(done.read_text(encoding="utf-8"))
 
 
 def train(name: str, seed: int, changes: list[str], folder: Path) -> dict[str, Any]:
@@ -169,13 +165,15 @@ class Ablation:
         self.counts["stories"] = given.stories
         self.started = time.monotonic()
         self.waiting: dict[tuple[str, int], tuple[dict[str, Any], dict[str, Future[Any]]]] = {}
+        self.drawn: dict[str, Future[Path]] = {}
         self.manifests: dict[str, Path] = {}
-        self.about: dict[str, Any] = {}
+        self.machine = {} if given.only_report else machine()
 
     def all(self) -> list[Run]:
         """Train and evaluate what is missing; returns every run."""
         workers = min(8, os.cpu_count() or 1)
         with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+            self._draw(pool)
             for seed in self.given.seeds:
                 for name in self.given.recipes:
                     if self._file(name, seed).exists():
@@ -187,6 +185,14 @@ class Ablation:
                     self._collect()
             self._collect(wait=True)
         return self.report()
+
+    def _draw(self, pool: ProcessPoolExecutor) -> None:
+        """Begin to draw the test items; an unknown recipe or key ends the call here."""
+        from mmi_engine.train.recipe import resolve
+
+        kinds = {kind_of(resolve(name, self.given.set).recipe) for name in self.given.recipes}
+        wanted = {part: self.counts[part] for kind in sorted(kinds) for part in PARTS[kind] if self.counts[part] > 0}
+        self.drawn = {k: pool.submit(draw, self.runs / "items", k, count) for k, count in wanted.items()}
 
     def _one(self, name: str, seed: int, pool: ProcessPoolExecutor) -> None:
         """One run, whose scoring is left to the pool; what goes wrong is recorded."""
@@ -200,14 +206,16 @@ class Ablation:
                 (folder / "ablation.json").write_text(json.dumps(trained), encoding="utf-8")
             facts |= json.loads((folder / "ablation.json").read_text(encoding="utf-8"))
             self._free()
-            wanted = {part: self.counts[part] for part in PARTS[facts["kind"]] if self.counts[part] > 0}
-            self.manifests |= draw(self.runs / "items", {k: v for k, v in wanted.items() if k not in self.manifests})
-            manifests, started = {part: self.manifests[part] for part in wanted}, time.monotonic()
-            generate(folder / "model", manifests, wanted, folder / "eval", self.given)
+            manifests = {part: self.drawn[part].result() for part in PARTS[facts["kind"]] if part in self.drawn}
+            self.manifests |= manifests
+            items = {part: self.counts[part] for part in manifests}
+            facts["measured"] = {"machine": self.machine, "steps": self.given.steps, "items": items}
+            started = time.monotonic()
+            generate(folder / "model", manifests, self.counts, folder / "eval", self.given)
             facts["generation_seconds"] = round(time.monotonic() - started, 1)
             for part, manifest in manifests.items():
                 place, pictures = folder / "eval" / part, self.out / "pictures" / f"{name}-{seed}"
-                futures[part] = pool.submit(score, part, manifest, wanted[part], place, pictures)
+                futures[part] = pool.submit(score, part, manifest, self.counts[part], place, pictures)
         except Interrupted:
             raise
         except Exception as error:  # the other runs go on, and the report says what this one died of
@@ -248,9 +256,7 @@ class Ablation:
                     if path.is_file():
                         runs.append(Run(**json.loads(path.read_text(encoding="utf-8"))))
                         break
-        self.about = self.about or machine()
-        about = {**self.about, "steps": self.given.steps, "items": self.counts, "changes": self.given.set}
-        write_report(self.out, runs, self.given.recipes, about, self.manifests)
+        write_report(self.out, runs, self.given.recipes, self.manifests)
         return runs
 
     def _file(self, name: str, seed: int) -> Path:
@@ -292,10 +298,9 @@ def main() -> int:
     logger.setLevel(logging.INFO)
     ablation = Ablation(arguments())
     if ablation.given.only_report:
-        counts = {
-            part: count for part, count in ablation.counts.items() if (ablation.runs / "items").is_dir() and count
-        }
-        ablation.manifests = draw(ablation.runs / "items", counts)
+        items = ablation.runs / "items"
+        there = {part: count for part, count in ablation.counts.items() if (items / f"{part}-{count}").is_dir()}
+        ablation.manifests = {part: draw(items, part, count) for part, count in there.items()}
     runs = ablation.report() if ablation.given.only_report else ablation.all()
     sys.stdout.write((ablation.out / "table.md").read_text(encoding="utf-8"))
     return int(any(run.failed for run in runs))

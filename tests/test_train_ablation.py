@@ -23,7 +23,8 @@ NAMES = ["ablation_toon_mmfs", "ablation_toon_no_mmfs"]
 
 def run(recipe: str, seed: int, hat: float, **more: Any) -> Run:
     parts = {"stories": {"hat": {"value": hat, "low": 0.0, "high": 100.0, "unit": "%", "baselines": {"chance": 10.0}}}}
-    return Run(recipe, seed, kind="pictures", seconds=10.0, parts=parts, **more)
+    measured = {"machine": {"name": "a CPU"}, "steps": 20, "items": {"stories": 40}}
+    return Run(recipe, seed, kind="pictures", seconds=10.0, parts=parts, measured=measured, **more)
 
 
 RUNS = [run(NAMES[0], s, v) for s, v in ((1, 50.0), (2, 60.0), (3, 40.0))]
@@ -42,9 +43,10 @@ def test_differences_are_paired_by_seed_with_students_interval() -> None:
 
 def test_the_table_says_what_is_known_and_what_failed() -> None:
     failed = Run("ablation_toon_multi_image", 1, failed="RuntimeError: too large")
-    text = table([*RUNS, failed], [*NAMES, failed.recipe], {"name": "a CPU", "items": {}})
+    text = table([*RUNS, failed], [*NAMES, failed.recipe])
     assert "| `ablation_toon_mmfs` | 3 | 50.0 ± 10.0 | 10 |" in text
     assert "| `ablation_toon_no_mmfs` | 2 | -8.0 ± 25.4 | |" in text
+    assert text.startswith("a CPU; 20 steps of sampling; 40 stories.")
     assert "failed: `ablation_toon_multi_image`, seed 1: RuntimeError: too large" in text
     assert kinds([*RUNS, failed], [*NAMES, failed.recipe]) == {"pictures": NAMES}
     assert MEASURES[KEY] in text and "questions" not in text
@@ -60,7 +62,7 @@ def test_the_report_shows_truth_and_what_was_drawn(tmp_path: Path) -> None:
     drawn = tmp_path / "pictures" / f"{NAMES[0]}-1"
     drawn.mkdir(parents=True)
     Image.new("RGB", (128, 128), "blue").save(drawn / "seg2img-0-0.png")
-    write_report(tmp_path, RUNS, NAMES, {"name": "a CPU"}, {"seg2img": manifest})
+    write_report(tmp_path, RUNS, NAMES, {"seg2img": manifest})
     with Image.open(tmp_path / "sheet.png") as sheet:
         middle = [sheet.getpixel((150 + 64, 4 + 64 + 132 * line)) for line in range(4)]
     assert middle == [(255, 0, 0), (0, 128, 0), (0, 0, 255), (255, 255, 255)]  # the second recipe drew nothing
@@ -69,7 +71,7 @@ def test_the_report_shows_truth_and_what_was_drawn(tmp_path: Path) -> None:
         assert picture.width > 300
     empty = tmp_path / "empty"
     empty.mkdir()
-    write_report(empty, [], NAMES, {}, {})
+    write_report(empty, [], NAMES, {})
     assert sorted(path.name for path in empty.iterdir()) == ["report.json", "table.md"]
 
 
