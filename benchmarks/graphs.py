@@ -1,6 +1,6 @@
 """Texts and pictures with and without `--cuda-graphs`: time per token and per denoising step, and whether they agree.
 
-    python benchmarks/graphs.py --out graphs.json [--models toon,medium] [--tokens 32] [--steps 20] [--repeats 2]
+    python benchmarks/graphs.py --out graphs.json [--models toon,medium] [--makes text,image] [--tokens 32] [--steps 20] [--repeats 2]
 
 On a CUDA device in bf16: the embedded model, and a random one of 245 million weights (`model_memory.py`'s "medium").
 Both forms in turns in one process, the first run of each left out (it compiles and records). Prints a table, writes
@@ -90,6 +90,7 @@ def main() -> int:
     """See module."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default="toon,medium")
+    parser.add_argument("--makes", default="text,image")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--steps", type=int, default=20)
@@ -107,6 +108,8 @@ def main() -> int:
         # Compiles the kernels, so that the first case's figures hold none of that.
         generate_bench.once(model, replace(cases(2, 1)[0], make="story", images=1), Reuse(), time.perf_counter)
         for case in cases(options.tokens, options.steps):
+            if case.make not in options.makes.split(","):
+                continue
             found = {"model": model_name, **measure(model, case, options.repeats)}
             figures.append(found)
             row = "{model:8} {makes:6} {batch:5} {images:6} {plain_ms:9.3f} {graphs_ms:9.3f} {ratio:6.2f}  {differ}"

@@ -31,7 +31,8 @@ tests() {
   local workers=""
   "$python" -c 'import xdist' 2>/dev/null && workers="-n 6"
   # shellcheck disable=SC2086
-  run tests 60 "$python" -m pytest -q tests/test_kernels_cuda.py -m gpu -p no:cacheprovider -W default -o addopts= \
+  run tests 150 "$python" -m pytest -q tests/test_kernels_cuda.py tests/test_graphs_cuda.py \
+    tests/test_train_image_decoder.py -m gpu -p no:cacheprovider -W default -o addopts= \
     -o xfail_strict=false --durations=5 --junitxml="$out/tests.xml" $workers
   grep -E "^(FAILED|ERROR)|passed|failed|error" "$out/tests.log" | tail -20 | tee -a "$summary"
 }
@@ -58,7 +59,7 @@ sanitize() {
 
 bench() {
   local seconds=${BENCH_SECONDS:-40}
-  run bench $((seconds + 30)) "$python" kernels/gpu_bench.py "$out" --seconds "$seconds" --peers "${PEERS:-.peers}"
+  run bench $((seconds + 90)) "$python" kernels/gpu_bench.py "$out" --seconds "$seconds" --peers "${PEERS:-.peers}"
   tail -c 6000 "$out/bench.log"
 }
 

@@ -1,13 +1,16 @@
-"""Process-wide settings for computing on a CPU: threads, denormals, and what the allocator does with freed memory.
+"""Process-wide settings: threads, denormals, what the allocator does with freed memory, Python's collector.
 
-Called once by every process that computes (generation, training) before its first tensor. Neither setting changes a
-result beyond flushing numbers below 1e-38 to zero.
+`tune_cpu` is called once by every process that computes (generation, training) before its first tensor; it changes no
+result beyond flushing numbers below 1e-38 to zero. `no_collection` stands around every recording of a CUDA graph.
 """
 
 from __future__ import annotations
 
 import ctypes
+import gc
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h of glibc
 KEEP_BYTES = 2**31 - 1
@@ -39,3 +42,16 @@ def keep_freed_memory() -> bool:
     except (OSError, AttributeError):  # another C library
         return False
     return bool(mallopt(M_MMAP_MAX, 0)) and bool(mallopt(M_TRIM_THRESHOLD, KEEP_BYTES))
+
+
+@contextmanager
+def no_collection() -> Iterator[None]:
+    """Collect garbage now and not while this lasts: a recording breaks off when an older CUDA graph is freed in it."""
+    gc.collect()
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

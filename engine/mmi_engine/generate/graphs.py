@@ -22,6 +22,7 @@ from mmi_engine.errors import BackendError, UsageError, is_out_of_memory
 from mmi_engine.model.interleaved import MMInterleaved
 from mmi_engine.model.kept import Kept
 from mmi_engine.model.unet import ImageVision, text_keys, text_once
+from mmi_engine.runtime import no_collection
 
 MOST = 16
 """Recordings that are kept at most, the least recently used dropped first."""
@@ -109,7 +110,7 @@ class Recording:
         before, graph = torch.cuda.memory_reserved(), torch.cuda.CUDAGraph()
         try:
             # Other threads prepare the next items meanwhile: their calls are none of the recording's.
-            with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
+            with no_collection(), torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
                 self._out = self.function()
         except Exception as error:  # whatever library refuses to be recorded
             if is_out_of_memory(error):

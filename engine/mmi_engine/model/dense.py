@@ -52,8 +52,8 @@ class DenseAttention(nn.Module):
         nn.init.zeros_(self.image_index.weight)
         self.level_index = nn.Embedding(len(config.levels), d_value)
         nn.init.trunc_normal_(self.level_index.weight, std=0.02)
-        sides = torch.tensor(config.levels)
-        self.register_buffer("cell_levels", torch.repeat_interleave(sides.square()), persistent=False)  # (S)
+        levels = [torch.full((side * side,), level) for level, side in enumerate(config.levels)]
+        self.register_buffer("cell_levels", torch.cat(levels), persistent=False)  # (S)
         tables = [_positions(side, max(config.levels), d_value) for side in config.levels]
         self.register_buffer("cell_positions", torch.cat(tables), persistent=False)  # (S, d_value)
 

@@ -25,6 +25,7 @@ from torch.func import functional_call
 from mmi_engine.errors import ConfigError
 from mmi_engine.model.image_decoder import ImageDecoder, resampled_context
 from mmi_engine.model.interleaved import MMInterleaved, previous_images
+from mmi_engine.runtime import no_collection
 from mmi_engine.sequence import decoder_visibility, image_contexts
 from mmi_engine.train.cache import Cache
 from mmi_engine.train.interleaved import DTYPES, InterleavedTask, redraw
@@ -271,7 +272,9 @@ class ImageDecoderObjective(nn.Module):
         if key not in self._recorded:
             core = _Loss(self, seeing).train(self.training)
             sample = tuple(tensor.clone() for tensor in tensors)
-            self._recorded = {key: torch.cuda.make_graphed_callables(core, sample, allow_unused_input=True)}
+            # Recording runs the step a few times; the first one that counts draws what it would have drawn without.
+            with torch.random.fork_rng([p.device for p in tensors[:1]]), no_collection():
+                self._recorded = {key: torch.cuda.make_graphed_callables(core, sample, allow_unused_input=True)}
         return self._recorded[key]
 
 
