@@ -1,6 +1,6 @@
 """Texts and pictures with and without `--cuda-graphs`: time per token and per denoising step, and whether they agree.
 
-    python benchmarks/graphs.py --out graphs.json [--models toon,medium] [--makes text,image] [--tokens 32] [--steps 20] [--repeats 2]
+    python benchmarks/graphs.py --out graphs.json [--models toon,medium] [--makes text,image] [--tokens 32] [--steps 20]
 
 On a CUDA device in bf16: the embedded model, and a random one of 245 million weights (`model_memory.py`'s "medium").
 Both forms in turns in one process, the first run of each left out (it compiles and records). Prints a table, writes
