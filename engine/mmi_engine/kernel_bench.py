@@ -315,7 +315,7 @@ def plot(figures: Sequence[Figure], path: Path, *, title: str = "") -> None:
             axes.set_title(f"{dtype}, {'forward' if step == 'forward' else 'forward + backward'}", fontsize=10)
     panels[0][0].invert_yaxis()
     handles = [pyplot.Rectangle((0, 0), 1, 1, color=f"C{i}") for i in range(len(names))]
-    figure.legend(handles, names, loc="lower right", ncols=len(names), frameon=False)
+    figure.legend(handles, names, loc="lower center", ncols=len(names), frameon=False)
     figure.suptitle(title or f"{level} level: time over ours, above 1 ours is faster")
     figure.tight_layout(rect=(0, 0.03, 1, 1))
     figure.savefig(path, dpi=110)
