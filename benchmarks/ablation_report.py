@@ -73,7 +73,7 @@ def difference(runs: Sequence[Run], recipe: str, against: str, key: tuple[str, s
     apart = [a - b for a, b in pairs if not math.isnan(a - b)]
     if len(apart) < 2:
         return (apart[0] if apart else math.nan), math.nan, len(apart)
-    quantile = STUDENT[len(apart) - 2] if len(apart) - 2 < len(STUDENT) else 1.96
+    quantile = STUDENT[min(len(apart) - 2, len(STUDENT) - 1)]  # beyond the table its last value, a little too wide
     return float(np.mean(apart)), quantile * float(np.std(apart, ddof=1)) / math.sqrt(len(apart)), len(apart)
 
 

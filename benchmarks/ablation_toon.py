@@ -168,6 +168,8 @@ class Ablation:
         self.drawn: dict[str, Future[Path]] = {}
         self.manifests: dict[str, Path] = {}
         self.machine = {} if given.only_report else machine()
+        if not given.only_report:
+            self._check()
 
     def all(self) -> list[Run]:
         """Train and evaluate what is missing; returns every run."""
@@ -186,6 +188,25 @@ class Ablation:
             self._collect(wait=True)
         return self.report()
 
+    def _check(self) -> None:
+        """End the call where something that is there was made with other settings, or two recipes share a name."""
+        names = [Path(name).stem for name in self.given.recipes]
+        if len(set(names)) < len(names):
+            raise SystemExit(f"two recipes of one name: {', '.join(sorted(names))}")
+        for name in self.given.recipes:
+            for seed in self.given.seeds:
+                wanted = {"changes": self.given.set}
+                for path in (self._file(name, seed), self._folder(name, seed) / "ablation.json"):
+                    facts = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else wanted
+                    measured = facts.get("measured", {"steps": self.given.steps, "items": {}})
+                    items = {part: self.counts[part] for part in measured["items"]}
+                    if (facts["changes"], measured["steps"], measured["items"]) != (
+                        self.given.set,
+                        self.given.steps,
+                        items,
+                    ):
+                        raise SystemExit(f"{path} was made with other settings: take another --out, or remove it")
+
     def _draw(self, pool: ProcessPoolExecutor) -> None:
         """Begin to draw the test items; an unknown recipe or key ends the call here."""
         from mmi_engine.train.recipe import resolve
@@ -197,12 +218,12 @@ class Ablation:
     def _one(self, name: str, seed: int, pool: ProcessPoolExecutor) -> None:
         """One run, whose scoring is left to the pool; what goes wrong is recorded."""
         logger.info("%s, seed %d, %.0f s after the start", name, seed, time.monotonic() - self.started)
-        folder = self.runs / f"{name}-{seed}"
-        facts: dict[str, Any] = {"recipe": name, "seed": seed, "changes": self.given.set}
+        folder = self._folder(name, seed)
+        facts: dict[str, Any] = {"recipe": Path(name).stem, "seed": seed, "changes": self.given.set}
         futures: dict[str, Future[Any]] = {}
         try:
             if not (folder / "model" / "config.json").is_file() or not (folder / "ablation.json").is_file():
-                trained = train(name, seed, self.given.set, folder)
+                trained = {**train(name, seed, self.given.set, folder), "changes": self.given.set}
                 (folder / "ablation.json").write_text(json.dumps(trained), encoding="utf-8")
             facts |= json.loads((folder / "ablation.json").read_text(encoding="utf-8"))
             self._free()
@@ -214,7 +235,7 @@ class Ablation:
             generate(folder / "model", manifests, self.counts, folder / "eval", self.given)
             facts["generation_seconds"] = round(time.monotonic() - started, 1)
             for part, manifest in manifests.items():
-                place, pictures = folder / "eval" / part, self.out / "pictures" / f"{name}-{seed}"
+                place, pictures = folder / "eval" / part, self.out / "pictures" / f"{Path(name).stem}-{seed}"
                 futures[part] = pool.submit(score, part, manifest, self.counts[part], place, pictures)
         except Interrupted:
             raise
@@ -256,14 +277,17 @@ class Ablation:
                     if path.is_file():
                         runs.append(Run(**json.loads(path.read_text(encoding="utf-8"))))
                         break
-        write_report(self.out, runs, self.given.recipes, self.manifests)
+        write_report(self.out, runs, [Path(name).stem for name in self.given.recipes], self.manifests)
         return runs
 
+    def _folder(self, name: str, seed: int) -> Path:
+        return self.runs / f"{Path(name).stem}-{seed}"
+
     def _file(self, name: str, seed: int) -> Path:
-        return self.out / f"{name}-{seed}.json"
+        return self.out / f"{Path(name).stem}-{seed}.json"
 
     def _failure(self, name: str, seed: int) -> Path:
-        return self.out / f"{name}-{seed}.failed.json"
+        return self.out / f"{Path(name).stem}-{seed}.failed.json"
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:

@@ -16,8 +16,8 @@ from mmi_engine.errors import ModelError
 from mmi_engine.generate.reuse import LITERAL, Reuse
 from mmi_engine.generate.settings import Settings
 from mmi_engine.model.checkpoint import load_model, save_model
-from mmi_engine.model.config import MMFSConfig, ModelConfig
-from mmi_engine.model.dense import RESAMPLED_TOKENS, DenseAttention, synchronizer
+from mmi_engine.model.config import RESAMPLED_TOKENS, MMFSConfig, ModelConfig
+from mmi_engine.model.dense import DenseAttention, synchronizer
 from mmi_engine.model.interleaved import MMInterleaved
 from mmi_engine.model.mmfs import MMFS
 from mmi_engine.model.positions import sincos_2d

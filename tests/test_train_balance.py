@@ -109,12 +109,13 @@ def test_the_task_weighs_what_its_pictures_show(tmp_path: Path, monkeypatch: pyt
         )
         return ImageDecoderTask(recipe, pictures, pictures, lambda done, total: None)
 
-    weighed = task(LossConfig(class_balance=0.5, emphasis={"number": 3.0}))
+    weighed = task(LossConfig(class_balance=0.5, emphasis={"hill": 3.0}))
     shown = weighed.to_device(weighed.batch(0), "cpu")
     assert weighed.kept is not None
     numbers = weighed.kept.image[weighed.kept.numbers(weighed.batch(0).draws)].tolist()
     references = [r for row in range(64) for r in weighed.train.row(row).images]
-    weights = class_weights(pictures, 0.5, {"number": 3.0})
+    weights = class_weights(pictures, 0.5, {"hill": 3.0})
+    assert np.abs(weights - class_weights(pictures, 0.5, {})).max() > 0.1  # the class is there
     for found, number in zip(shown.cells, numbers, strict=True):
         picture = references[number]
         expected = cell_weights(pictures.array("maps", picture.story)[[picture.frame]], weights, found.shape[-1])

@@ -28,7 +28,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 
 from mmi_engine.errors import OutputError
 from mmi_engine.generate.interleave import Document, Maker
@@ -37,6 +36,8 @@ from mmi_engine.generate.reuse import LITERAL, Reuse
 from mmi_engine.generate.settings import Settings
 from mmi_engine.model.interleaved import MMInterleaved
 from mmi_engine.pieces import Piece
+from mmi_engine.toon.draw import render
+from mmi_engine.toon.world import sample_story
 
 Figure = dict[str, Any]
 FORMS = {"kept": Reuse(), "again": LITERAL, "literal": LITERAL}
@@ -51,6 +52,7 @@ STAGES = {
 """Methods of `Maker` and what their time is called; what is left over is called "rest"."""
 TOKENS_OF = {"text": "token", "texts": "tokens of eight"}  # sweeps whose tokens have figures of their own
 SENTENCE = "Pip runs to the lake near a red ball."
+STORIES_EACH = 2  # of five pictures each; no case has more than eight
 LEVELS_APART = 2  # pictures of two forms may differ by this many of 255 levels: sums are taken in another order
 
 
@@ -243,13 +245,15 @@ def once(
 
 
 def _pieces(model: MMInterleaved, case: Case, number: int) -> list[Piece]:
-    """Document ``number`` of a case; its pictures are noise, another one for each."""
+    """Document ``number`` of a case; no two pictures are the same."""
     text = SENTENCE
     while len(model.tokenizer.encode(text)) < case.words:
         text += f" {SENTENCE}"
     side = model.config.vision.image_size
-    noise = np.random.default_rng(number)
-    drawn = [Image.fromarray(noise.integers(0, 256, (side, side, 3), np.uint8)) for _ in range(case.images)]
+    # Of the built-in world: behind pictures of noise the smallest rounding grows with every picture that is read again.
+    stories = [sample_story(STORIES_EACH * number + n, "test").scenes for n in range(STORIES_EACH)]
+    scenes = [scene for story in stories for scene in story]
+    drawn = [render(scene).convert("RGB").resize((side, side)) for scene in scenes[: case.images]]
     pieces = [Piece("text", text), *[Piece("image", picture) for picture in drawn]]
     if case.make == "story":
         return [*pieces, *[piece for _ in range(case.frames) for piece in (Piece("text", SENTENCE), Piece("image"))]]

@@ -16,6 +16,8 @@ from typing import Any, TypeVar, cast, get_type_hints
 from mmi_engine.errors import ModelError
 
 T = TypeVar("T")
+RESAMPLED_TOKENS = 32
+"""Tokens that the transition of ``mmfs.attention = "resampled"`` leaves of one image (paper Table 6)."""
 LAID_OUT_TWICE = 128 * 2**20
 """A CPU lays weights of up to so many bytes in all out a second time (`packed.py`, `generate/step.py`); a larger model
 keeps its own alone."""

@@ -17,13 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmi_engine.errors import ModelError
-from mmi_engine.model.config import MMFSConfig, QFormerConfig
+from mmi_engine.model.config import RESAMPLED_TOKENS, MMFSConfig, QFormerConfig
 from mmi_engine.model.mmfs import MMFS, Shapes, relative_index
 from mmi_engine.model.positions import sincos_1d
 from mmi_engine.model.resampler import QFormer
-
-RESAMPLED_TOKENS = 32
-"""Tokens that the transition leaves of one image (Table 6: 32)."""
 
 
 class DenseAttention(nn.Module):

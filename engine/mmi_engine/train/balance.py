@@ -1,9 +1,10 @@
 """Small things count: cells of a picture weighted by how rare the class is that they show.
 
 Place in the flow: `train.data` puts the weights beside the latents of a batch, the image loss of task ``image_decoder``
-multiplies the squared error of every latent cell with them. The number on a shirt covers a few cells in a thousand and
-is most of what a text or an earlier picture tells; in a plain mean it is drowned by sky and ground. The minimum is the
-same, since no cell's target changes; only where a small model spends its capacity does. Weights by a power of the
+multiplies the squared error of every latent cell with them. Things, hats and the number on a shirt cover a tenth of a
+picture and are most of what a text or an earlier picture tells; in a plain mean sky and ground outweigh them. A class
+that is not rare but hard, as digits are, is raised by ``emphasis``. The minimum is the same, since no cell's target
+changes; only where a small model spends its capacity does. Weights by a power of the
 class's share: Mahajan et al. 2018 ("Exploring the Limits of Weakly Supervised Pretraining"), there 1/2 for images.
 """
 

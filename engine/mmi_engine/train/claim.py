@@ -8,6 +8,7 @@ command may use the same ``--out``; a run with a checkpoint goes on only with th
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 from collections.abc import Iterator
 from contextlib import suppress
@@ -108,6 +109,10 @@ def _differences(old: Recipe, new: Recipe) -> Iterator[tuple[str, Any, Any]]:
     bases = [str(recipe.model.get("base", "")) for recipe in (old, new)]
     if not _same_place(*bases):
         yield "model.base", *bases
+    for key in sorted({*old.model, *new.model} - {"base"}):
+        values = [recipe.model.get(key) for recipe in (old, new)]
+        if json.dumps(values[0]) != json.dumps(values[1]):  # tuples and lists are one thing there
+            yield f"model.{key}", *values
 
 
 def _same_place(first: str, second: str) -> bool:

@@ -228,7 +228,8 @@ class ImageDecoderObjective(nn.Module):
     Args:
         model: of which the image decoder is trained.
         noise_repeats, dtype, draw: as in :class:`mmi_engine.train.interleaved.InterleavedObjective`.
-        cuda_graph: record forward and backward pass on first use, and again when shapes change.
+        cuda_graph: record forward and backward pass on first use, and again when shapes change. Recording runs the step
+            a few times, so the step after it draws other noise than it would have drawn otherwise.
         words, keep: see :class:`ContextWords`.
         timestep_shift: see :func:`mmi_engine.model.image_decoder.shifted_timesteps`.
     """
@@ -272,8 +273,7 @@ class ImageDecoderObjective(nn.Module):
         if key not in self._recorded:
             core = _Loss(self, seeing).train(self.training)
             sample = tuple(tensor.clone() for tensor in tensors)
-            # Recording runs the step a few times; the first one that counts draws what it would have drawn without.
-            with torch.random.fork_rng([p.device for p in tensors[:1]]), no_collection():
+            with no_collection():
                 self._recorded = {key: torch.cuda.make_graphed_callables(core, sample, allow_unused_input=True)}
         return self._recorded[key]
 

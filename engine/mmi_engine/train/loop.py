@@ -74,6 +74,8 @@ class Loop:
         self.sharded = loop.shard == "fsdp" and self.accelerator.num_processes > 1
         if self.sharded:
             sharding.shard(task.module, self.accelerator.device, self.accelerator.num_processes, loop)
+        else:  # before the average is copied from it; a task may have moved but a part
+            task.module.to(self.accelerator.device)
         groups = parameter_groups(task.module, recipe.optim)
         self.names = [name for group in groups for name in group["names"]]
         self.peaks = [group["lr"] for group in groups]

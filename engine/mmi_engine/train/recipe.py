@@ -59,6 +59,7 @@ class Recipe:
         graph = self.loop.cuda_graph
         require(not graph or self.task == "image_decoder", "loop.cuda_graph is for the task image_decoder")
         world = self.task in ("interleaved", "image_decoder") and self.data.source == "toon"
+        require(self.task != "image_decoder" or world, "the task image_decoder needs data.source toon")
         require(not self.loss.words or world, "loss.words needs data.source toon")
         shifted = self.loss.timestep_shift != 1
         require(not shifted or self.task == "image_decoder", "loss.timestep_shift is for the task image_decoder")

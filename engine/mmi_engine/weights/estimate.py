@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mmi_engine.model.config import LAID_OUT_TWICE, ModelConfig, VAEConfig
+from mmi_engine.model.config import LAID_OUT_TWICE, RESAMPLED_TOKENS, MMFSConfig, ModelConfig, VAEConfig
 
 DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 LLM_BITS_BYTES = {8: 1.0, 4: 0.5 + 4 / 64}
@@ -109,10 +109,10 @@ def need(
     values = picture = 0
     if language.mmfs is not None:
         blocks = -(-layers // language.mmfs_every)
-        values = blocks * language.mmfs.width * sum(cells[language.finest_map :])
+        values = blocks * _values(language.mmfs, sum(cells[language.finest_map :]))
     if decoder.mmfs is not None:
         blocks = _unet_blocks(decoder.unet)
-        picture = blocks * decoder.mmfs.width * sum(cells[m] for m in decoder.maps) * decoder.context_images
+        picture = blocks * _values(decoder.mmfs, sum(cells[m] for m in decoder.maps)) * decoder.context_images
     logits = tokens * config.tokens.vocab_size * 4
     second = parameters * size if dtype == "fp32" and parameters * size <= LAID_OUT_TWICE else 0
     return Need(
@@ -124,6 +124,13 @@ def need(
         tokens=tokens,
         images=min(config.language.mmfs.max_images - 1 if language.mmfs else tokens, tokens // per_image_tokens),
     )
+
+
+def _values(mmfs: MMFSConfig, cells: int) -> int:
+    """Numbers that one block keeps of one image; dense attention keeps keys beside values, `model/dense.py`."""
+    if mmfs.attention == "deformable":
+        return mmfs.width * cells
+    return 2 * mmfs.width * (RESAMPLED_TOKENS if mmfs.attention == "resampled" else cells)
 
 
 def _vae_step(vae: VAEConfig) -> int:
