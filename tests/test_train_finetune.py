@@ -170,9 +170,14 @@ def test_a_run_that_never_began_leaves_its_directory_free(tmp_path: Path, base: 
         with pytest.raises(ConfigError, match=r"no usable row .* dropped: \w+"):
             train(recipe_of(tmp_path, base, bad), directory)
     assert not run.exists() and [path.name for path in used.iterdir()] == ["notes.txt"]
-    train(recipe_of(tmp_path, base, rows, "loop.steps=1"), run)
-    with pytest.raises(ModelError):  # of a begun run nothing is taken away
-        train(recipe_of(tmp_path, base, rows, "model.visual_resampler.num_queries=5"), run, resume=True)
+    mine = shutil.copytree(rows.parent, tmp_path / "mine") / rows.name
+    train(recipe_of(tmp_path, base, mine, "loop.steps=1"), run)
+    mine.write_text(bad.read_text(encoding="utf-8"), encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"no usable row .* dropped: \w+"):  # of a begun run nothing is taken away
+        train(recipe_of(tmp_path, base, mine, "loop.steps=2"), run, resume=True)
+    assert (run / "checkpoints" / "step-00000001").is_dir() and (run / "recipe.json").is_file()
+    with pytest.raises(ConfigError, match=r"began with model\.visual_resampler = None, now it is"):
+        train(recipe_of(tmp_path, base, mine, "model.visual_resampler.num_queries=5"), run, resume=True)
     assert (run / "checkpoints" / "step-00000001").is_dir() and (run / "recipe.json").is_file()
 
 

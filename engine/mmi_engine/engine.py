@@ -184,7 +184,7 @@ class ModelEngine:
 
     def _try(self, job: Job, size: int) -> None:
         """The sample in a batch of `size`; a fault of the item is none of the probe's."""
-        if self._model.graphs is not None:
+        if self._model is not None and self._model.graphs is not None:
             self._model.graphs.clear()  # of the size before: each is to be measured alone
         try:
             self.fill([job], [0], size)
