@@ -16,7 +16,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from mmi_engine.model.mmfs import MMFS, Projecting, Shapes, relative_index
+from mmi_engine.model.mmfs import MMFS, Projecting, Shapes, per_query, relative_index
 from mmi_engine.model.unet import MMFSBlock
 from mmi_kernels import deform_sample
 
@@ -66,9 +66,7 @@ def _forward(
         return module.blind().expand(batch, n_query, -1)
     if rows is not None:
         values = values[rows]
-    if visible.ndim == 3 and visible.shape[1] != n_query:
-        visible = visible[:, -1]
-    visible = (visible[:, None] if visible.ndim == 2 else visible).expand(batch, n_query, images)
+    visible = per_query(visible, n_query).expand(batch, n_query, images)
     heads, points, levels = module.config.heads, module.config.points, len(module.config.levels)
     repeated = module.query_proj(query[:, None].repeat(1, images, 1, 1))
     repeated = repeated + module.image_index(relative_index(visible).transpose(1, 2))  # (B, M, Q, d)

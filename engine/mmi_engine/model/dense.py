@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from mmi_engine.errors import ModelError
 from mmi_engine.model.config import RESAMPLED_TOKENS, MMFSConfig, QFormerConfig
-from mmi_engine.model.mmfs import MMFS, Shapes, relative_index
+from mmi_engine.model.mmfs import MMFS, Shapes, per_query, relative_index
 from mmi_engine.model.positions import sincos_1d
 from mmi_engine.model.resampler import QFormer
 
@@ -65,13 +65,16 @@ class DenseAttention(nn.Module):
             ModelError: other maps than the configuration's.
         """
         batch, images, cells = values.shape[:3]
-        if cells != len(self.cell_positions):
-            raise _other_maps(cells, len(self.cell_positions))
-        where = F.linear(self._places(), self.value_proj.weight)
+        where = F.linear(self._places(cells), self.value_proj.weight)
         return (values + where.to(values.dtype)).view(batch, images * cells, self.config.heads, -1)
 
-    def _places(self) -> Tensor:
-        """What tells a cell's position and level, ``[S, d_value]``."""
+    def _places(self, cells: int) -> Tensor:
+        """What tells the position and level of each of S ``cells``, ``[S, d_value]``; raises ModelError."""
+        if cells != len(self.cell_positions):
+            raise ModelError(
+                f"dense attention is made for maps of {len(self.cell_positions)} cells, these have {cells}",
+                remedy="use the picture size the model was trained with",
+            )
         level = self.level_index(self.cell_levels)
         return self.cell_positions.to(level) + level
 
@@ -93,9 +96,7 @@ class DenseAttention(nn.Module):
         batch, n_query = query.shape[:2]
         if visible.shape[-1] == 0:
             return self.blind().expand(batch, n_query, -1)
-        if visible.ndim == 3 and visible.shape[1] != n_query:
-            visible = visible[:, -1]
-        visible = visible[:, None] if visible.ndim == 2 else visible  # (B, 1 or Q, M)
+        visible = per_query(visible, n_query)
         keys, content = (values if rows is None else values[rows]).transpose(1, 2).chunk(2, dim=-1)
         heads, cells = self.config.heads, keys.shape[2] // visible.shape[2]
         queries = self.query_proj(query).unflatten(-1, (heads, -1)).transpose(1, 2)
@@ -133,9 +134,7 @@ class ResampledAttention(DenseAttention):
             ModelError: other maps than the configuration's.
         """
         batch, images, cells = features.shape[:3]
-        if cells != len(self.cell_positions):
-            raise _other_maps(cells, len(self.cell_positions))
-        told = features + self._places().to(features.dtype)
+        told = features + self._places(cells).to(features.dtype)
         tokens = self.value_proj(self.transition(told.flatten(0, 1)))
         return tokens.reshape(batch, images * RESAMPLED_TOKENS, self.config.heads, -1)
 
@@ -145,13 +144,6 @@ def _positions(side: int, finest: int, channels: int) -> Tensor:
     along = sincos_1d((torch.arange(side) + 0.5) * (finest / side) - 0.5, channels // 2)
     rows = along[:, None].expand(-1, side, -1)
     return torch.cat([rows, rows.transpose(0, 1)], dim=-1).flatten(0, 1)
-
-
-def _other_maps(found: int, wanted: int) -> ModelError:
-    return ModelError(
-        f"dense attention is made for maps of {wanted} cells, these have {found}",
-        remedy="use the picture size the model was trained with",
-    )
 
 
 def synchronizer(

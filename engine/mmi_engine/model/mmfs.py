@@ -131,9 +131,7 @@ class MMFS(Keeps):
         batch, n_query = query.shape[:2]
         if visible.shape[-1] == 0:
             return self.blind().expand(batch, n_query, -1)
-        if visible.ndim == 3 and visible.shape[1] != n_query:
-            visible = visible[:, -1]
-        visible = visible[:, None] if visible.ndim == 2 else visible  # (B, 1 or Q, M)
+        visible = per_query(visible, n_query)
         derived = self.derived()
         projected = query if derived.fused else self.query_proj(query)
         sampled = mmfs_attention(
@@ -193,6 +191,13 @@ class MMFS(Keeps):
             real = (side, side) if self.config.keep_relative_distance else (width, height)
             scales.append((side / self.base / real[0], side / self.base / real[1]))
         return scales
+
+
+def per_query(visible: Tensor, n_query: int) -> Tensor:
+    """Visibility ``[B, M]`` or ``[B, Q', M]`` of :meth:`MMFS.forward` as ``[B, 1 or Q, M]``."""
+    if visible.ndim == 3 and visible.shape[1] != n_query:
+        visible = visible[:, -1]
+    return visible[:, None] if visible.ndim == 2 else visible
 
 
 class Projecting(Keeps):
