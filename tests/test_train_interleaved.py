@@ -109,10 +109,12 @@ def test_what_cannot_be_built_is_refused(task: InterleavedTask) -> None:
             build_model(dataclasses.replace(task.recipe, model=model))
 
     refused({}, "model.base is missing")
-    refused({**task.recipe.model, "visual_resampler": {"num_queries": 5}}, "do not fit the recipe's", ModelError)
-    refused({**task.recipe.model, "fresh": ["no_such_weight"]}, "no weight's name matches 'no_such_weight'")
-    refused({**task.recipe.model, "fresh": ["("]}, "is no regular expression")
-    refused({**task.recipe.model, "fresh": "mmfs"}, "is no list")
+    refused({**task.recipe.model, "name": "other"}, "keeps its configuration")
+    refused({**task.recipe.model, "visual_resampler": {"num_queries": 5}}, "keeps its configuration")
+    partly = {**task.recipe.model, "partial": True}
+    refused({**partly, "fresh": ["no_such_weight"]}, "no weight's name matches 'no_such_weight'")
+    refused({**partly, "fresh": ["("]}, "is no regular expression")
+    refused({**partly, "fresh": "mmfs"}, "is no list")
     refused({"base": "toon"}, "no codec", ModelError)
     refused({"base": "toon", "fresh": ["mmfs"]}, "every weight of a fresh model")
 

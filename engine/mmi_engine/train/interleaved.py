@@ -233,6 +233,9 @@ def build_model(recipe: Recipe) -> MMInterleaved:
             :func:`mmi_engine.train.foundation.load`.
     """
     if recipe.model.get("base") != "toon" or recipe.model.get("partial"):
+        if not recipe.model.get("partial") and set(recipe.model) - {"base", "partial"}:
+            remedy = "remove the other keys of [model], or set model.partial=true to begin what they change fresh"
+            raise ConfigError("a trained model keeps its configuration", remedy=remedy)
         found = foundation.load(recipe, whole=True)
         found.model.config = found.config_to_keep()
         return found.model
