@@ -6,8 +6,7 @@ What needs no device (buffers, growth, refusals) is in test_generate_graphs.py.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,6 +27,7 @@ from mmi_engine.generate.settings import Settings
 from mmi_engine.generate.text import Decoder, generate_text
 from mmi_engine.model.interleaved import MMInterleaved
 from tests.test_generate_continuous import SETTINGS, items
+from tests.test_generate_graphs import with_graphs
 from tests.test_generate_image import request_of
 from tests.test_generate_text import prompt_of
 from tests.tiny import tiny_model
@@ -52,15 +52,6 @@ def no_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def models() -> dict[torch.dtype, MMInterleaved]:
     return {dtype: tiny_model(seed=2).to("cuda", dtype) for dtype in (torch.float32, torch.bfloat16)}
-
-
-@contextmanager
-def with_graphs(model: MMInterleaved) -> Iterator[Graphs]:
-    model.graphs = Graphs(model.device)
-    try:
-        yield model.graphs
-    finally:
-        model.graphs = None
 
 
 def recorded(graphs: Graphs) -> int:
