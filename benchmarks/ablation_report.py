@@ -257,4 +257,4 @@ def write_report(out: Path, runs: Sequence[Run], order: Sequence[str], manifests
     if any(measured(runs, names) for names in found.values()):
         title = f"Ablations of the embedded model ({machines(runs)}); points: seeds, dashed: best blind guess"
         plot(runs, order, out / "plot.png", title)
-    sheet(out, runs, found.get("pictures", []), manifests, out / "sheet.png")
+    sheet(out, runs, [*found.get("pictures", []), *found.get("both", [])], manifests, out / "sheet.png")

@@ -4,7 +4,8 @@
 
 For every seed, for every recipe: training as `mmi train` does it, then the exported model through the toon suite's
 own parts (test split, first items) and measures. Recipes of the image decoder draw maps and stories, those of reading
-answer questions and write captions. The first named recipe of either kind is what the others are compared with.
+answer questions and write captions, those that train the whole model do both. The first named recipe of each kind is
+what the others of that kind are compared with.
 
     OUT/RECIPE-SEED.json  figures of one run, or why it failed    OUT/report.json  all of them, device, versions
     OUT/table.md  plot.png  sheet.png  pictures/                  RUNS/RECIPE-SEED  run directories, results of `eval`
@@ -39,13 +40,16 @@ from mmi_engine.errors import Interrupted  # noqa: E402
 from mmi_engine.versions import versions  # noqa: E402
 
 PARTS = {"pictures": ("seg2img", "stories"), "text": ("vqa", "captions")}
+PARTS["both"] = PARTS["text"] + PARTS["pictures"]
 TASKS = {"seg2img": "seg2img", "stories": "story", "vqa": "vqa", "captions": "caption"}
 logger = logging.getLogger("ablation")
 
 
 def kind_of(recipe: Any) -> str:
-    """``pictures`` or ``text``: what a recipe is evaluated on."""
-    return "pictures" if recipe.loss.image > 0 else "text"
+    """``pictures``, ``text`` or ``both``: what a recipe learns, and is evaluated on."""
+    if recipe.task == "image_decoder":
+        return "pictures"
+    return "both" if recipe.loss.image > 0 else "text"
 
 
 def draw(folder: Path, part: str, count: int) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from mmi_engine.train.recipe import resolve, shipped
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 from ablation_report import MEASURES, Run, difference, kinds, spread, table, write_report
+from ablation_toon import PARTS, kind_of
 
 KEY = ("stories", "hat")
 NAMES = ["ablation_toon_mmfs", "ablation_toon_no_mmfs"]
@@ -84,3 +86,19 @@ def test_variants_have_the_data_steps_and_rates_of_the_first(first: str) -> None
         other = resolve(name).recipe
         assert (other.task, other.seed, other.loss, other.optim) == (base.task, base.seed, base.loss, base.optim)
         assert other.loop == base.loop and other.data.mixture == base.data.mixture and other.model != base.model
+
+
+def test_recipes_of_lambda_differ_in_it_alone() -> None:
+    first, *others = (resolve(f"ablation_toon_lambda_{weight}").recipe for weight in (10, 1, 100))
+    assert [first.loss.image, *(other.loss.image for other in others)] == [10, 1, 100]
+    for other in others:
+        assert replace(other, name=first.name, loss=replace(other.loss, image=10.0)) == first
+
+
+def test_a_recipe_is_evaluated_on_what_it_learns() -> None:
+    names = ("ablation_toon_mmfs", "ablation_toon_text_mmfs", "ablation_toon_lambda_1")
+    assert [PARTS[kind_of(resolve(name).recipe)] for name in names] == [
+        ("seg2img", "stories"),
+        ("vqa", "captions"),
+        ("vqa", "captions", "seg2img", "stories"),
+    ]
