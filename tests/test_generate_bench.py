@@ -45,7 +45,8 @@ def test_all_forms_of_every_case_are_measured(tmp_path, capsys) -> None:
         assert sum(figure["stages"].values()) == pytest.approx(1) and min(figure["stages"].values()) >= 0
         used = {"text": {"encode", "read", "text", "rest"}, "token": {"text"}}
         assert set(figure["stages"]) == used.get(figure["sweep"], {"encode", "read", "denoise", "decode", "rest"})
-    assert found["machine"]["versions"]["mmi"] and found["peak_bytes"] > 2**20 and not found["troubles"]
+    assert found["complete"] and not found["troubles"]
+    assert found["machine"]["versions"]["mmi"] and found["peak_bytes"] > 2**20
 
 
 @pytest.mark.usefixtures("small")
@@ -54,6 +55,42 @@ def test_different_results_are_reported_and_the_exit_code_tells(monkeypatch: pyt
     assert main(["bench", "generate", "--device", "cpu", "--quick"]) == 1
     shown = capsys.readouterr()
     assert "story, 2 frames: literal: another text" in shown.err and "text" in shown.out.splitlines()[2]
+
+
+@pytest.mark.usefixtures("small")
+def test_what_was_measured_before_a_kill_is_in_the_file(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second case is stopped; the first is there whole, and nothing but the file."""
+    once = generate_bench.once
+
+    def stop(model, case, *rest):
+        if case == SMALL[1]:
+            raise KeyboardInterrupt
+        return once(model, case, *rest)
+
+    monkeypatch.setattr(generate_bench, "once", stop)
+    out = tmp_path / "speed.json"
+    assert main(["bench", "generate", "--device", "cpu", "--quick", "--out", str(out)]) == 130
+    found = json.loads(out.read_text())
+    assert found["complete"] is False and list(tmp_path.iterdir()) == [out]
+    assert [(f["sweep"], f["form"]) for f in found["figures"]] == [
+        (sweep, form) for sweep in ("text", "token") for form in ("kept", "again", "literal")
+    ]
+
+
+def test_cases_are_chosen_by_the_names_of_their_figures() -> None:
+    shipped = generate_bench.cases(quick=True)
+    assert generate_bench.choose(shipped, "") == shipped
+    assert {case.sweep for case in generate_bench.choose(shipped, "story, token")} == {"story", "text"}
+    assert {case.sweep for case in generate_bench.choose(shipped, "tokens of eight")} == {"texts"}
+
+
+def test_a_case_that_does_not_exist_or_a_file_that_cannot_be_written(tmp_path, small, capsys) -> None:
+    assert main(["bench", "generate", "--only", "story,stroy"]) == 2
+    shown = capsys.readouterr().err
+    assert "'stroy'" in shown and "text, batch, story, token" in shown
+    nowhere = str(tmp_path / "none" / "speed.json")
+    assert main(["bench", "generate", "--device", "cpu", "--only", "text", "--out", nowhere]) == 1
+    assert "the figures cannot be written" in capsys.readouterr().err
 
 
 def test_what_counts_as_the_same() -> None:

@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mmi_engine.errors import OutputError
+from mmi_engine.errors import OutputError, UsageError
 from mmi_engine.generate.interleave import Document, Maker
 from mmi_engine.generate.literal import literal
 from mmi_engine.generate.reuse import LITERAL, Reuse
@@ -38,6 +38,7 @@ from mmi_engine.model.interleaved import MMInterleaved
 from mmi_engine.pieces import Piece
 from mmi_engine.toon.draw import render
 from mmi_engine.toon.world import sample_story
+from mmi_engine.weights.store import write_text
 
 Figure = dict[str, Any]
 FORMS = {"kept": Reuse(), "again": LITERAL, "literal": LITERAL}
@@ -110,6 +111,25 @@ def cases(quick: bool) -> list[Case]:
     return found
 
 
+def choose(todo: Sequence[Case], names: str) -> list[Case]:
+    """The cases with these names.
+
+    Args:
+        todo: see `cases`.
+        names: what a figure's "sweep" says, of one or more with commas between; empty: all.
+
+    Raises:
+        UsageError: there is no such case.
+    """
+    wanted = {name.strip() for name in names.split(",") if name.strip()}
+    known = dict.fromkeys(case.sweep for case in todo)
+    known |= dict.fromkeys(TOKENS_OF[sweep] for sweep in known if sweep in TOKENS_OF)
+    unknown = sorted(wanted - set(known))
+    if unknown:
+        raise UsageError(f"there is no case {unknown[0]!r}", remedy=f"choose from {', '.join(known)}")
+    return [case for case in todo if not wanted or wanted & {case.sweep, TOKENS_OF.get(case.sweep)}]
+
+
 def load(name: str, device: str, threads: int | None) -> MMInterleaved:
     """The model in the form that is measured: float32 on a CPU, bfloat16 on CUDA, the kernel chosen by itself.
 
@@ -168,8 +188,10 @@ def run(
     repeats: int = 1,
     clock: str = "wall",
     on_case: Callable[[str], None] = lambda name: None,
+    on_result: Callable[[dict[str, Any]], None] = lambda result: None,
 ) -> dict[str, Any]:
-    """Run every case in all forms. Returns {"machine", "model", "clock", "peak_bytes", "figures", "troubles"}.
+    """Run every case in all forms. Returns {"complete", "machine", "model", "clock", "peak_bytes", "figures",
+    "troubles"}.
 
     Args:
         model: with its tokenizer, in evaluation.
@@ -177,6 +199,7 @@ def run(
         repeats: of each form, in turns; the figure is their median.
         clock: "wall", or "processor": this process's own time, for a CPU that others use too.
         on_case: called with the name of each case before it is run.
+        on_result: called after each case with what is known so far, "complete" only after the last.
 
     Raises:
         TextTooLongError: a case does not fit into the model's context.
@@ -189,8 +212,14 @@ def run(
         torch.cuda.reset_peak_memory_stats(model.device)
     figures: list[Figure] = []
     troubles: list[dict[str, str]] = []
+    about = {
+        "machine": machine(model.device) | {"versions": versions()},
+        "model": model.config.name,
+        "clock": clock,
+    }
+    result: dict[str, Any] = {}
     once(model, replace(todo[0], make="story", tokens=1, steps=1), Reuse(), ticks)  # compiles kernels
-    for case in todo:
+    for number, case in enumerate(todo, 1):
         on_case(f"{case.sweep}, {getattr(case, case.x)} {case.x}")
         runs: dict[str, list[tuple[float, dict[str, float], list[Piece]]]] = {form: [] for form in FORMS}
         for _ in range(repeats):
@@ -205,14 +234,10 @@ def run(
             if difference:
                 where = {"sweep": case.sweep, "x": case.x, "value": str(getattr(case, case.x))}
                 troubles.append({**where, "reason": f"{form}: {difference}"})
-    return {
-        "machine": machine(model.device) | {"versions": versions()},
-        "model": model.config.name,
-        "clock": clock,
-        "peak_bytes": _peak(model.device),
-        "figures": figures,
-        "troubles": troubles,
-    }
+        known = {"peak_bytes": _peak(model.device), "figures": figures, "troubles": troubles}
+        result = {"complete": number == len(todo)} | about | known
+        on_result(result)
+    return result
 
 
 def _peak(device: torch.device) -> int:
@@ -319,10 +344,10 @@ def table(figures: Sequence[Figure]) -> list[tuple[str, ...]]:
 
 
 def write(result: dict[str, Any], out: Path | None, picture: Path | None) -> None:
-    """JSON and plot into files, where asked for. Raises OutputError."""
+    """JSON and plot into files, where asked for, the JSON as a whole or not at all. Raises OutputError."""
     try:
         if out is not None:
-            out.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            write_text(out, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
         if picture is not None:
             plot(result, picture)
     except (OSError, ValueError) as error:

@@ -94,6 +94,7 @@ def kernel(
 @click.option("--device", type=DeviceType(), default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @click.option("--threads", type=click.IntRange(1), metavar="N", help="CPU threads.  [default: physical cores]")
 @click.option("--quick", is_flag=True, help="Fewer tokens and denoising steps, one repetition.")
+@click.option("--only", default="", metavar="NAMES", help="Only these cases, as the table names them: story,token.")
 @click.option(
     "--clock",
     type=click.Choice(["wall", "processor"]),
@@ -102,7 +103,7 @@ def kernel(
     help="processor: this process's own time, for a CPU that others use too (with --threads 1).",
 )
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout instead of the table.")
-@click.option("--out", type=click.Path(path_type=Path), metavar="FILE", help="Write the JSON here.")
+@click.option("--out", type=click.Path(path_type=Path), metavar="FILE", help="Write the JSON here, after every case.")
 @click.option(
     "--plot", "picture", type=click.Path(path_type=Path), metavar="FILE", help="Write a plot (PNG, SVG, PDF)."
 )
@@ -112,6 +113,7 @@ def generate(
     device: str,
     threads: int | None,
     quick: bool,
+    only: str,
     clock: str,
     as_json: bool,
     out: Path | None,
@@ -128,9 +130,16 @@ def generate(
     from mmi_engine import generate_bench, kernel_bench
 
     terminal = console.current()
+    todo = generate_bench.choose(generate_bench.cases(quick), only)
     loaded = generate_bench.load(model, kernel_bench.device_of(device), threads)
-    todo = generate_bench.cases(quick)
-    result = generate_bench.run(loaded, todo, repeats=1 if quick else 3, clock=clock, on_case=terminal.notice)
+    result = generate_bench.run(
+        loaded,
+        todo,
+        repeats=1 if quick else 3,
+        clock=clock,
+        on_case=terminal.notice,
+        on_result=lambda known: generate_bench.write(known, out, None),
+    )
     if as_json:
         terminal.json(result)
     else:
@@ -140,5 +149,5 @@ def generate(
         terminal.table(rows, header=header)
     for trouble in result["troubles"]:
         terminal.warning(f"{trouble['sweep']}, {trouble['value']} {trouble['x']}: {trouble['reason']}")
-    generate_bench.write(result, out, picture)
+    generate_bench.write(result, None, picture)
     return 1 if result["troubles"] else 0
