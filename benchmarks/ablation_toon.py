@@ -129,7 +129,7 @@ def score(part: str, manifest: Path, count: int, results: Path, pictures: Path) 
         pictures.mkdir(parents=True, exist_ok=True)
         shown = SHOWN_ITEMS if part == "seg2img" else SHOWN_STORIES
         for number, item in enumerate(pairs.pair(references, made)[0][:shown]):
-            for frame, source in enumerate(made_pictures(item)):
+            for frame, source in enumerate([] if item.problem else made_pictures(item)):
                 source.load().save(pictures / f"{part}-{number}-{frame}.png")
     (card,) = evaluate(["toon"], references, made, Options())
     return {

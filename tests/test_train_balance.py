@@ -132,6 +132,7 @@ def test_the_task_weighs_what_its_pictures_show(tmp_path: Path, monkeypatch: pyt
         ("image_decoder", LossConfig(class_balance=1.5), "between 0 and 1"),
         ("image_decoder", LossConfig(emphasis={"hat": 2.0}), "loss.emphasis needs"),
         ("image_decoder", LossConfig(class_balance=0.5, emphasis={"hat": 0.0}), "must be above 0"),
+        ("image_decoder", LossConfig(class_balance=0.5, emphasis={"hats": 2.0}), "no class 'hats'"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(task: str, loss: LossConfig, told: str) -> None:

@@ -22,6 +22,13 @@ SAMPLE = 50
 """Stories of which the shares are counted."""
 
 
+def check_classes(emphasis: Mapping[str, float]) -> None:
+    """Raise ConfigError where ``emphasis`` names a class that semantic maps do not have."""
+    unknown = sorted(set(emphasis) - set(CLASSES))
+    if unknown:
+        raise ConfigError(f"loss.emphasis: no class {unknown[0]!r}", remedy=f"one of {', '.join(CLASSES)}")
+
+
 def class_weights(cache: Cache, exponent: float, emphasis: Mapping[str, float]) -> np.ndarray:
     """float32 ``[classes]``: emphasis · share ** −exponent, of mean 1 over all pixels; 0 for classes never seen.
 
@@ -31,11 +38,9 @@ def class_weights(cache: Cache, exponent: float, emphasis: Mapping[str, float]) 
         emphasis: class → further factor.
 
     Raises:
-        ConfigError: no such class.
+        ConfigError: see :func:`check_classes`.
     """
-    unknown = sorted(set(emphasis) - set(CLASSES))
-    if unknown:
-        raise ConfigError(f"loss.emphasis: no class {unknown[0]!r}", remedy=f"one of {', '.join(CLASSES)}")
+    check_classes(emphasis)
     maps = np.stack([cache.array("maps", story) for story in range(min(SAMPLE, cache.stories))])
     shares = np.bincount(maps.reshape(-1), minlength=len(CLASSES)) / maps.size
     factors = np.array([emphasis.get(name, 1.0) for name in CLASSES])

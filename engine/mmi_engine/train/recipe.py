@@ -21,6 +21,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from mmi_engine.errors import ConfigError
 from mmi_engine.train import layers
+from mmi_engine.train.balance import check_classes
 from mmi_engine.train.sections import (
     DataConfig,
     LoopConfig,
@@ -69,6 +70,7 @@ class Recipe:
         emphasis = self.loss.emphasis
         require(not emphasis or balance > 0, "loss.emphasis needs loss.class_balance above 0")
         require(all(factor > 0 for factor in emphasis.values()), "loss.emphasis: factors must be above 0")
+        check_classes(emphasis)
         kept = self.task == "image_decoder" and self.loss.words > 0
         require(not self.loss.keep or kept, "loss.keep needs loss.words and the task image_decoder")
 
