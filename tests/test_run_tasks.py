@@ -21,7 +21,7 @@ from mmi_engine.tasks import Candidates, CaptionTask, GroundTask, Piece, Seg2Img
 from mmi_engine.tasks.ground import Seen, parse_box, to_pixels, to_square
 from mmi_engine.tasks.prompts import DECODING, TOON_DECODING, Template
 from mmi_engine.toon.draw import PALETTE, map_image
-from mmi_engine.train.data import (
+from mmi_engine.train.tasks import (
     GROUND_QUESTION,
     GROUND_RELEASED,
     LONG_PROMPTS,

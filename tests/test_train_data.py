@@ -18,8 +18,9 @@ from mmi_engine.toon.draw import PALETTE, render, semantic_map
 from mmi_engine.toon.tokenizer import PATH, VOCABULARY
 from mmi_engine.toon.world import sample_story
 from mmi_engine.train import cache
-from mmi_engine.train.data import BUILDERS, Mixture, describe, mixture_counts
+from mmi_engine.train.data import Mixture, describe, mixture_counts
 from mmi_engine.train.loader import stream
+from mmi_engine.train.tasks import BUILDERS
 
 TOKENS = SpecialTokens(1, 2, VOCABULARY - 1, VOCABULARY, VOCABULARY + 1)
 TOKENIZER = DirectoryTokenizer(PATH.parent)

@@ -10,8 +10,8 @@ import numpy as np
 
 from mmi_engine.toon.texts import WHERE, long_caption
 from mmi_engine.toon.world import ACTIONS, Scene, sample_scene
-from mmi_engine.train.data import BUILDERS
 from mmi_engine.train.quiz import QUESTIONS, quiz
+from mmi_engine.train.tasks import BUILDERS
 
 
 def truth(scene: Scene, question: str) -> str:

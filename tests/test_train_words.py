@@ -17,12 +17,12 @@ from mmi_engine.model.checkpoint import load_model, save_model
 from mmi_engine.model.image_decoder import shifted_timesteps
 from mmi_engine.sequence import Piece
 from mmi_engine.train.cache import Cache
-from mmi_engine.train.data import texts_before
 from mmi_engine.train.image_decoder import ImageDecoderTask
 from mmi_engine.train.interleaved import InterleavedTask
 from mmi_engine.train.loop import Loop
 from mmi_engine.train.recipe import Recipe
 from mmi_engine.train.sections import DataConfig, LoopConfig, LossConfig, OptimConfig
+from mmi_engine.train.tasks import texts_before
 from mmi_engine.train.words import BUCKETS, MapWords, TokenWords, classes, labels, word_loss
 
 SEES = "visual_tokenizer."

@@ -1,6 +1,6 @@
 """Documents of many short questions about one picture of the built-in world, for training.
 
-In `train.data` the task ``quiz``. The world keeps seven questions of a picture, one of each kind; yes or no to a word
+In `train.tasks` the task ``quiz``. The world keeps seven questions of a picture, one of each kind; yes or no to a word
 that may or may not fit needs far more examples than that, since wrong words must be tried with every picture. So these
 are drawn anew for every document, in the forms of `mmi_engine.toon.texts`, from the facts in the detailed caption.
 """
