@@ -111,20 +111,27 @@ def test_through_the_compiler() -> None:
     body = {**config.language.transformers, "num_hidden_layers": 1}
     small = tiny_model(2, replace(config, language=replace(config.language, transformers=body)))
     expected = continued(small, "padded", 3)
-    with with_compiler(small, "inductor"):
+    plain_loops = torch._inductor.config.patch({"cpp.simdlen": 1})
+    with plain_loops, with_compiler(small, "inductor"):
         for ours, plain in zip(continued(small, "padded", 3), expected, strict=True):
             torch.testing.assert_close(ours, plain, **CLOSE)
 
 
-def test_what_cannot_be_compiled_is_said_at_once_and_later(model) -> None:
+def test_what_cannot_be_compiled_is_said_at_once_and_later(model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model.language, "lean", False)
     with pytest.raises(BackendError, match="the language model's step cannot be compiled here: .*leave out --compile"):
         compile_text(model, 2, backend="no such backend")
     assert model.graphs is None
-    compile_text(model, 2, backend=Traces(most=1))
+    assert compile_text(model, 2, backend=Traces(most=1))
     prompt, settings = prompt_of(model, *ROWS["no image"]), Settings(max_new_tokens=3, min_new_tokens=3)
     with pytest.raises(BackendError, match="cannot be compiled here: .*the compiler is broken"):
         generate_text(model, prompt, settings)
     model.graphs = None
+
+
+def test_the_step_written_by_hand_stays_where_it_serves(model) -> None:
+    assert not compile_text(model, 2, backend="no such backend")
+    assert model.graphs is None
 
 
 def test_language_models_without_fixed_shapes_are_refused() -> None:
@@ -155,13 +162,16 @@ def test_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> No
         "--threads",
         "1",
     ]
-    for name in ("plain", "compiled"):
-        extra = ["--compile"] if name == "compiled" else []
+    for name in ("plain", "by hand", "compiled"):
+        extra = [] if name == "plain" else ["--compile"]
+        if name == "compiled":
+            monkeypatch.setattr(compiled, "token_step", lambda model, cache: None)
         assert main([*common, "--out", str(tmp_path / name), *extra]) == 3  # one row asks nothing
-    assert traces.count and not seen
-    assert "compiling the language model's step, which" in capsys.readouterr().err
-    lines = [(tmp_path / name / "results.jsonl").read_text() for name in ("plain", "compiled")]
-    assert lines[0] == lines[1]
+        told = capsys.readouterr().err
+        assert ("compiling the language model's step, which" in told) == bool(extra)
+        assert ("the one written for this model is faster" in told) == (name == "by hand")
+        assert (tmp_path / name / "results.jsonl").read_text() == (tmp_path / "plain" / "results.jsonl").read_text()
+        assert bool(traces.count) == (name == "compiled") and not seen
     assert main([*common, "--out", str(tmp_path / "compiled")]) == 2
     assert main([*common, "--out", str(tmp_path / "map"), "--compile", "--device-map", "auto"]) == 2
     assert "--compile does not go together with --device-map" in capsys.readouterr().err

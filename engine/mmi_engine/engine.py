@@ -333,7 +333,8 @@ class ModelEngine:
         if self.choices.writes:
             # Several rows are alike to the compiler, and the batch size may be yet to be tried.
             few = min(self.batch_size, max(2, self._unit))
-            compile_text(self._model, few, beams=self._settings.beams)
+            if not compile_text(self._model, few, beams=self._settings.beams):
+                self.notice("the language model's step is not compiled: the one written for this model is faster")
         if self.choices.draws:
             compile_unet(self._model, together(self.batch_size, self._unit), guided=self._settings.guidance != 1.0)
 

@@ -22,6 +22,7 @@ from mmi_engine.generate.fixed import token
 from mmi_engine.generate.graphs import Graphs, refuse_model
 from mmi_engine.generate.interleave import fill
 from mmi_engine.generate.settings import Settings
+from mmi_engine.generate.step import token_step
 from mmi_engine.model.interleaved import MMInterleaved
 from mmi_engine.model.packed import packed
 from mmi_engine.model.rows import steady
@@ -55,7 +56,7 @@ class CompiledToken:
 
 
 @torch.no_grad()
-def compile_text(model: MMInterleaved, rows: int, *, beams: int = 1, backend: str = "inductor") -> None:
+def compile_text(model: MMInterleaved, rows: int, *, beams: int = 1, backend: str = "inductor") -> bool:
     """Compile a token's step, and write two tokens behind a picture so that whatever fails does so here.
 
     Args:
@@ -63,9 +64,14 @@ def compile_text(model: MMInterleaved, rows: int, *, beams: int = 1, backend: st
         rows: of a batch; beams: of every row.
         backend: of `torch.compile`.
 
+    Returns:
+        False where the step of `step.py` serves: that is the faster one (docs/bench.md), and nothing is compiled.
+
     Raises:
         BackendError: it cannot be compiled here, or the language model's step has no fixed shape.
     """
+    if token_step(model, model.language.new_cache()) is not None:
+        return False
     refuse_model(model, OPTION)
     side = model.config.vision.image_size
     pieces = [Piece("image", Image.new("RGB", (side, side))), Piece("text")]
@@ -77,6 +83,7 @@ def compile_text(model: MMInterleaved, rows: int, *, beams: int = 1, backend: st
         if isinstance(error, BackendError) or is_out_of_memory(error):
             raise
         raise _refusal("the language model's step", error) from error
+    return True
 
 
 @torch.no_grad()
