@@ -7,8 +7,9 @@ On a CUDA device in bf16: the embedded model, and a random one of 245 million we
 Both forms in turns in one process, the first run of each left out (it compiles and records). Prints a table, writes
 device, versions and figures as JSON. With `--device cpu` the steps over buffers are called, not recorded: for trying
 this script out. With `--compile` texts alone, and instead of being recorded the step is compiled as the option of that
-name does it, on any device; the seconds of each case's first run tell what compiling took. The JSON is written anew
-after every case.
+name does it, on any device, and also compared with the library's own forward pass ("library_ms"), which
+`generate/step.py` replaces on a CPU; "first_s", seconds of a case's first run, tells what compiling took. The JSON is
+written anew after every case.
 """
 
 from __future__ import annotations
@@ -66,26 +67,26 @@ def measure(
     graphs = Graphs(model.device, compiled)
     per = case.tokens - 1 if case.make == "text" else case.steps
     other = "compiled" if compiled else "graphs"
-    seconds: dict[str, list[float]] = {"plain": [], other: []}
+    seconds: dict[str, list[float]] = {"plain": [], **({"library": []} if compiled else {}), other: []}
     made: dict[str, Any] = {}
     first = 0.0
     for number in range(1 + repeats):
         for form in seconds:
             model.graphs = graphs if form == other else None
+            model.language.lean = form != "library"
             taken, stages, made[form] = generate_bench.once(model, case, Reuse(), ticks)
             if number:
                 seconds[form].append(stages["text" if case.make == "text" else "denoise"] / per)
             elif form == other:
                 first = taken
-    model.graphs = None
-    plain, faster = (1000 * statistics.median(seconds[form]) for form in seconds)
+    model.graphs, model.language.lean = None, True
+    times = {f"{form}_ms": 1000 * statistics.median(taken) for form, taken in seconds.items()}
     return {
         "makes": case.make,
         "batch": case.batch,
         "images": case.images,
-        "plain_ms": plain,
-        f"{other}_ms": faster,
-        "ratio": plain / faster,
+        **times,
+        "ratio": times["plain_ms"] / times[f"{other}_ms"],
         "recordings": graphs.made,
         "first_s": first,
         "differ": generate_bench.apart(made["plain"], made[other]),
