@@ -115,6 +115,8 @@ def make_engine(options: dict[str, Any], decoding: str) -> Any:
         threads=options["threads"],
         batch_size=options["batch_size"],
         fast=options.get("fast", False),
+        writes="max_new_tokens" in options,
+        draws="steps" in options,
         compile=options.get("compile", False),
         cuda_graphs=options.get("cuda_graphs", False),
         batching=options.get("batching", "fixed"),

@@ -154,6 +154,11 @@ batch_options = stack(
     ),
     click.option("--seed", metavar="S", type=click.IntRange(0), default=0, show_default=True, help="Seed of the run."),
     click.option(
+        "--compile",
+        is_flag=True,
+        help="Compile a token's and a denoising step: minutes at the start, faster steps.",
+    ),
+    click.option(
         "--cuda-graphs",
         is_flag=True,
         help="CUDA only: record a token's and a denoising step's kernels and replay them.",
@@ -169,7 +174,6 @@ image_options = stack(
     ),
     click.option("--fast", is_flag=True, help="The model's quick steps and guidance."),
     click.option("--scheduler", type=click.Choice(SCHEDULERS), help="Noise scheduler.  [default: the model's]"),
-    click.option("--compile", is_flag=True, help="Compile the U-Net: minutes at the start, faster steps."),
 )
 
 text_options = stack(

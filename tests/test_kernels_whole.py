@@ -42,6 +42,29 @@ def test_output_is_the_reference(name: str, threads: int, monkeypatch: pytest.Mo
     assert found.is_contiguous() and found.shape == truth.shape
 
 
+@pytest.mark.parametrize("name", ["mmfs, odd sizes", "mmfs, token and rows"])
+def test_a_traced_function_holds_it_as_one_operator(name: str, whole: list[int]) -> None:
+    case, given, graphs = CASES[name], draw(CASES[name], torch.float32), []
+
+    def keep(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> torch.fx.GraphModule:
+        graphs.append((graph, inputs))
+        return graph
+
+    found = torch.compile(lambda inputs: run(case, inputs, "numba"), backend=keep, fullgraph=True)(given)
+    assert len(whole) == 1 and torch.equal(found, run(case, given, "numba"))
+    operands: list[tuple[object, ...]] = []
+
+    class Operands(torch.fx.Interpreter):
+        def call_function(self, target, args, kwargs):  # type: ignore[no-untyped-def]
+            if target is torch.ops.mmi.mmfs.default:
+                operands.append(args)
+            return super().call_function(target, args, kwargs)
+
+    ((graph, inputs),) = graphs
+    Operands(graph).run(*inputs)
+    torch.library.opcheck(torch.ops.mmi.mmfs.default, *operands)
+
+
 @pytest.mark.parametrize("name", ["mmfs, tiles", "mmfs, token and rows", "attention, injector"])
 def test_small_tiles_and_other_threads_give_equal_bits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     given, before = draw(CASES[name], torch.float32), torch.get_num_threads()

@@ -40,7 +40,8 @@ class Choices:
         threads, batch_size: numbers or None.
         llm_bits: 8, 4 or None for the language model as it is; device_map: ``auto`` or None, see `load_model`.
         fast: the model's quick steps and guidance.
-        compile: the U-Net, see `generate/compiled.py`; cuda_graphs: record steps, see `generate/graphs.py`.
+        writes, draws: whether the command makes texts, pictures.
+        compile: what makes these, see `generate/compiled.py`; cuda_graphs: record steps, see `generate/graphs.py`.
         batching: ``fixed`` or ``continuous``, see `generate/continuous.py`.
         decoding: key of `tasks.prompts.DECODING`: the task's own settings, below `settings`.
         settings: field of `generate.settings.Settings` → value, only those that were named.
@@ -56,6 +57,8 @@ class Choices:
     llm_bits: int | None = None
     device_map: str | None = None
     fast: bool = False
+    writes: bool = True
+    draws: bool = True
     compile: bool = False
     cuda_graphs: bool = False
     batching: str = "fixed"
@@ -135,6 +138,8 @@ class ModelEngine:
 
             unfit = {name: getattr(self.choices, name) for name in ("compile", "llm_bits", "device_map")}
             refuse_elsewhere(kind, self.resolved["kernel"], unfit)
+        if self.choices.compile and self.choices.writes and self.choices.device_map:
+            raise UsageError("--compile does not go together with --device-map", remedy="leave out one of them")
         if self._continuous and self._settings.beams > 1:
             raise UsageError("--batching continuous writes without beams", remedy="add --beams 1")
         if known is None and self.batch_size > 1 and sample is not None:
@@ -313,16 +318,25 @@ class ModelEngine:
             self.notice(f"language model: {self._model.placement}")
         self._model.set_backend(resolved["kernel"])
         if self.choices.compile:
-            from mmi_engine.generate.compiled import compile_unet
-
-            self.notice("compiling the U-Net, which may take minutes")
-            rows = together(self.batch_size, self._unit)
-            compile_unet(self._model, rows, guided=self._settings.guidance != 1.0)
+            self._compile()
         if self.choices.cuda_graphs:
             from mmi_engine.generate.graphs import Graphs, refuse_model
 
             refuse_model(self._model)
             self._model.graphs = Graphs(self._model.device)
+
+    def _compile(self) -> None:
+        from mmi_engine.generate.compiled import compile_text, compile_unet
+
+        parts = {"the language model's step": self.choices.writes, "the U-Net": self.choices.draws}
+        self.notice(f"compiling {' and '.join(part for part in parts if parts[part])}, which may take minutes")
+        if self.choices.writes:
+            # Several rows are alike to the compiler, and the batch size may be yet to be tried.
+            few = min(self.batch_size, max(2, self._unit))
+            if not compile_text(self._model, few, beams=self._settings.beams):
+                self.notice("the language model's step is not compiled: the one written for this model is faster")
+        if self.choices.draws:
+            compile_unet(self._model, together(self.batch_size, self._unit), guided=self._settings.guidance != 1.0)
 
     def _batches(self) -> str:
         """The batch size, and how many rows of it are computed at a time where these are fewer."""

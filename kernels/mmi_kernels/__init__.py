@@ -5,6 +5,7 @@
     reference.py   pure torch, differentiable: the truth and the fallback
     numba_cpu.py   compiled CPU form of deform_sample, forward and backward (imported on first use)
     numba_attention.py  compiled CPU form of both attentions, forward alone
+    traced.py      mmfs_attention as one torch operator, for functions that torch.compile traces
     mmfs.cu        CUDA source of both attentions and of deform_sample, forward and backward
     cuda_build.py  compiles and launches it through CuPy
     cuda_op.py     registers it as torch operators with gradients

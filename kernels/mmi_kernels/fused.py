@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from mmi_kernels import traced
 from mmi_kernels.cuda_build import ATTENTION, MMFS
 from mmi_kernels.op import backend_for, deform_sample
 
@@ -89,6 +90,8 @@ def mmfs_attention(
     if served_by == "numba" and _without_gradients(values, offsets, logits, *tables, reference, token):
         spans, whole = tuple(map(tuple, scales)), tuple(map(tuple, shapes))
         return _numba_attend()(values, whole, offsets, logits, tables, reference, spans, visible, token.flatten(), rows)
+    if torch.compiler.is_compiling() and not torch.is_grad_enabled():
+        return traced.mmfs(values, shapes, offsets, logits, tables, reference, scales, visible, token, rows, served_by)
     if rows is not None:
         values = values[rows]
     heads, levels = values.shape[2], len(shapes)

@@ -1,15 +1,18 @@
 """One token a row over buffers of fixed shape: a KV cache with room, its mask, positions, images.
 
-Place in the flow: `text.Decoder` comes here with ``--cuda-graphs`` instead of calling the language model over a cache
-that grows. Its whole state moves into the buffers of a `FixedStep` and its tensors become views of these; every step
-writes one column and replays (`graphs.py`). Columns behind the last and rows behind the last are hidden or not looked
-at, but never anything but finite numbers. When all columns are full the state moves on into larger buffers.
+Place in the flow: `text.Decoder` comes here with ``--cuda-graphs`` or ``--compile`` instead of calling the language
+model over a cache that grows. Its whole state moves into the buffers of a `FixedStep` and its tensors become views of
+these; every step writes one column, replayed (`graphs.py`) or compiled (`compiled.py`). Columns behind the last and
+rows behind the last are hidden or not looked at, but never anything but finite numbers. When all columns are full the
+state moves on into larger buffers.
 R rows of the buffers, C columns, n rows and T columns in use, M images.
 """
 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +24,7 @@ from mmi_engine.model.language import VisualContext
 
 if TYPE_CHECKING:
     from mmi_engine.generate.text import Decoder
+    from mmi_engine.model.interleaved import MMInterleaved
 
 COLUMNS = 64
 """Capacities are multiples of this, so prompts of many lengths share a recording."""
@@ -41,15 +45,52 @@ class FixedLayer(DynamicLayer):
         return self.keys, self.values
 
 
+def token(
+    model: MMInterleaved,
+    ids: Tensor,
+    bias: Tensor,
+    position: Tensor,
+    at: Tensor,
+    states: list[tuple[Tensor, Tensor]],
+    visual: VisualContext | None,
+) -> Tensor:
+    """One token per row. Everything by the device's own numbers: what is recorded knows no others.
+
+    Args:
+        model: whose language model steps.
+        ids: ``[R]``, the new tokens.
+        bias: ``[R, 1, 1, C]`` added to attention; column ``at`` is opened.
+        position: ``[R, 1]`` of the token before; counted on.
+        at: ``[1]``, the column to write; counted on.
+        states: keys and values ``[R, H, C, d]`` of every layer; column ``at`` is written.
+        visual: what the rows see, or ``None``.
+
+    Returns:
+        logits ``[R, vocabulary]`` in float32.
+    """
+    bias.index_fill_(3, at, 0)
+    position.add_(1)
+    language = model.language
+    cache = DynamicCache(config=language.body.config)
+    cache.layers = [FixedLayer(keys, values, at) for keys, values in states]
+    hidden = language(language.embed(ids[:, None]), bias, visual, position_ids=position, cache=cache)
+    logits: Tensor = model.text_head(hidden[:, -1]).float()
+    at.add_(1)
+    return logits
+
+
 class FixedStep:
     """Buffers and the step over them.
 
     Args:
         decoder: whose shapes they have; nothing of its state is taken.
         rows, columns: R and C.
+        compiled: `token` through a compiler, to be called instead of recording it.
     """
 
-    def __init__(self, decoder: Decoder, rows: int, columns: int) -> None:
+    def __init__(
+        self, decoder: Decoder, rows: int, columns: int, compiled: Callable[..., Tensor] | None = None
+    ) -> None:
         self.model, self.columns = decoder.model, columns
         first, device = decoder.cache.layers[0].keys, decoder.mask.device
         self.at = torch.zeros(1, dtype=torch.long, device=device)
@@ -57,17 +98,20 @@ class FixedStep:
         self.position = decoder.position.new_zeros(rows, 1)
         self.hidden = torch.finfo(first.dtype).min
         self.bias = first.new_full((rows, 1, 1, columns), self.hidden)  # what attention adds: 0 where it may look
-        self.cache = DynamicCache(config=self.model.language.body.config)
-        self.cache.layers = [
-            FixedLayer(*(_roomy(side, rows, columns) for side in (layer.keys, layer.values)), self.at)
-            for layer in decoder.cache.layers
+        self.states = [
+            (_roomy(layer.keys, rows, columns), _roomy(layer.values, rows, columns)) for layer in decoder.cache.layers
         ]
         self.visual = _roomy_visual(decoder.visual, rows)
         self.rows = self.length = 0
         self._owner: Any = lambda: None
-        self._recording = Recording(self._step, device, self.model)
+        step = partial(
+            compiled or token, self.model, self.ids, self.bias, self.position, self.at, self.states, self.visual
+        )
+        self._step = step if compiled else Recording(step, device, self.model)
         images = [] if self.visual is None else [*self.visual.values, self.visual.visible]
-        self.bytes = self._recording.bytes + sum(t.numel() * t.element_size() for t in (*self._states(), *images))
+        self.bytes = getattr(self._step, "bytes", 0) + sum(
+            t.numel() * t.element_size() for t in (*self._states(), *images)
+        )
 
     @property
     def full(self) -> bool:
@@ -81,8 +125,8 @@ class FixedStep:
             before.settle(copy=True)
         self._owner = weakref.ref(decoder)
         self.rows, self.length = rows, length = decoder.mask.shape
-        for mine, layer in zip(self.cache.layers, decoder.cache.layers, strict=True):
-            for whole, given in ((mine.keys, layer.keys), (mine.values, layer.values)):
+        for (keys, values), layer in zip(self.states, decoder.cache.layers, strict=True):
+            for whole, given in ((keys, layer.keys), (values, layer.values)):
                 whole[:rows, :, :length] = given
                 whole[:, :, length:] = 0  # an earlier batch's NaN would count even where it is hidden
                 whole[rows:] = 0
@@ -106,8 +150,8 @@ class FixedStep:
         def part(whole: Tensor) -> Tensor:
             return whole[: self.rows].clone() if copy else whole[: self.rows]
 
-        for mine, layer in zip(self.cache.layers, decoder.cache.layers, strict=True):
-            layer.keys, layer.values = (part(side[:, :, : self.length]) for side in (mine.keys, mine.values))
+        for sides, layer in zip(self.states, decoder.cache.layers, strict=True):
+            layer.keys, layer.values = (part(side[:, :, : self.length]) for side in sides)
         decoder.mask = (self.bias[: self.rows, 0, 0, : self.length] == 0).to(decoder.mask.dtype)
         decoder.position = part(self.position)
         if self.visual is not None:
@@ -133,24 +177,12 @@ class FixedStep:
     def __call__(self, ids: Tensor) -> Tensor:
         """Append one token per row ``[n]``; logits ``[n, vocabulary]`` in float32, a tensor of their own."""
         self.ids[: self.rows] = ids
-        logits = self._recording()[: self.rows].clone()
+        logits = self._step()[: self.rows].clone()
         self.length += 1
         return logits
 
     def _states(self) -> list[Tensor]:
-        return [side for layer in self.cache.layers for side in (layer.keys, layer.values)]
-
-    def _step(self) -> Tensor:
-        """Everything by the device's own numbers: what is recorded knows no others."""
-        self.bias.index_fill_(3, self.at, 0)
-        self.position += 1
-        language = self.model.language
-        hidden = language(
-            language.embed(self.ids[:, None]), self.bias, self.visual, position_ids=self.position, cache=self.cache
-        )
-        logits: Tensor = self.model.text_head(hidden[:, -1]).float()
-        self.at += 1
-        return logits
+        return [side for sides in self.states for side in sides]
 
 
 def fixed_step(decoder: Decoder, graphs: Graphs, rows: int) -> FixedStep:
@@ -160,7 +192,7 @@ def fixed_step(decoder: Decoder, graphs: Graphs, rows: int) -> FixedStep:
     visual = decoder.visual
     seen = None if visual is None else (visual.visible.shape[-1], tuple(visual.shapes), visual.visible.dtype)
     key = ("token", rows, columns, decoder.cache.layers[0].keys.dtype, seen)
-    step = graphs.get(key, lambda: FixedStep(decoder, rows, columns))
+    step = graphs.get(key, lambda: FixedStep(decoder, rows, columns, graphs.compiled))
     step.load(decoder)
     return step
 

@@ -6,6 +6,7 @@ and `image.denoise` look there. A step is an ordinary function of buffers that s
 device the function is recorded by its first use; on any other it is simply called, which tests compare with the other
 path.
 
+With ``--compile`` the token's step lies in the same store, compiled instead of recorded (`compiled.py`).
 Recordings serve a model whose weights stay as they are. Source: torch.cuda.graphs, "CUDA semantics" of its manual.
 """
 
@@ -56,8 +57,8 @@ def refuse_elsewhere(device: str, kernel: str, unfit: Mapping[str, Any]) -> None
             raise UsageError(f"{OPTION} does not go together with {option}", remedy="leave out one of them")
 
 
-def refuse_model(model: MMInterleaved) -> None:
-    """Raises BackendError where the language model's step has no fixed shape."""
+def refuse_model(model: MMInterleaved, option: str = OPTION) -> None:
+    """Raises BackendError where the language model's step has no fixed shape, which ``option`` needs."""
     body: Any = model.language.body
     why = ""
     if any(getattr(layer, "is_sliding", False) for layer in model.language.new_cache().layers):
@@ -65,7 +66,7 @@ def refuse_model(model: MMInterleaved) -> None:
     elif getattr(getattr(body, "rotary_emb", None), "rope_type", "default") in UNFIT_ROTATIONS:
         why = "its rotary positions depend on the length"
     if why:
-        raise BackendError(f"{OPTION} does not serve this language model: {why}", remedy=f"leave out {OPTION}")
+        raise BackendError(f"{option} does not serve this language model: {why}", remedy=f"leave out {option}")
 
 
 class Recording:
@@ -127,9 +128,11 @@ class Graphs:
 
     Args:
         device: of the model.
+        compiled: `fixed.token` through a compiler: nothing is recorded, and the U-Net is none of this store's.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, compiled: Callable[..., Tensor] | None = None) -> None:
+        self.compiled = compiled
         self.limit = 2**30
         if device.type == "cuda":
             self.limit = int(torch.cuda.get_device_properties(device).total_memory) // SHARE

@@ -106,7 +106,7 @@ def denoise(
     # diffusers takes a list of generators, one per row, wherever a step draws noise.
     noise = {"generator": request.generators} if plan.scheduler == "ddpm" else {}
     recorded = None
-    if once and model.graphs is not None:
+    if once and model.graphs is not None and model.graphs.compiled is None:
         recorded = fixed_unet(model, model.graphs, latents, scheduler.timesteps[0], tokens, vision)
     keys_once = once and recorded is None and not decoder.unet.compiled
     with text_once(decoder.unet, tokens) if keys_once else nullcontext():
