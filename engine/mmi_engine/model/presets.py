@@ -104,7 +104,7 @@ def toon_config(vae: VAEConfig, vocabulary: int) -> ModelConfig:
             # twice as wide as the language model's: what the picture before shows is copied through here
             mmfs=MMFSConfig(heads=8, points=4, width=128, levels=(32, 16, 8, 4), max_images=10, offset_init=1.0),
         ),
-        generation=GenerationDefaults(steps=50, guidance=2.0, scheduler="ddpm", fast_steps=20, fast_guidance=2.0),
+        generation=GenerationDefaults(steps=10, guidance=2.0, scheduler="unipc", fast_steps=5, fast_guidance=2.0),
     )
 
 
