@@ -86,7 +86,7 @@ def denoise(
 ) -> Tensor:
     """Scaled latents ``[N, C, h, w]`` of the requested pictures; ``reuse``: what is computed once, default all."""
     decoder = model.image_decoder
-    batch, dtype = len(request.tokens), request.tokens.dtype
+    dtype = request.tokens.dtype
     scheduler = make_scheduler(model, plan.scheduler)
     scheduler.set_timesteps(plan.steps)
     size, channels = decoder.config.vae.latent_size, decoder.config.vae.latent_channels

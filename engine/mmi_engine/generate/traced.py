@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mmi_engine.errors import is_out_of_memory
 from mmi_engine.model.packed import Packed, PackedConv2d
 from mmi_engine.model.unet import MMFSUNet, TextKeys, text_once
 
@@ -116,7 +117,9 @@ def _try(unet: MMFSUNet, latents: Tensor, context: Tensor, keys: TextKeys) -> Tr
     step = torch.zeros((), dtype=torch.long)
     try:
         return Traced(unet, latents, step, context, keys)
-    except RuntimeError:  # a block that torch cannot record runs as ever
+    except Exception as error:  # whatever torch refuses; the U-Net runs as ever
+        if is_out_of_memory(error):
+            raise
         log.debug("the U-Net cannot be recorded", exc_info=True)
         return None
 

@@ -46,9 +46,9 @@ def linear(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 def convolution(
-    x: Tensor, weight: Tensor, bias: Optional[Tensor], padding: List[int], stride: List[int], dilation: List[int], groups: int
+    x: Tensor, weight: Tensor, bias: Optional[Tensor], pad: List[int], step: List[int], dilation: List[int], groups: int
 ) -> Tensor:
-    return torch.ops.mkldnn._convolution_pointwise(x, weight, bias, padding, stride, dilation, groups, "none", [], "")
+    return torch.ops.mkldnn._convolution_pointwise(x, weight, bias, pad, step, dilation, groups, "none", [], "")
 """
 
 
