@@ -140,7 +140,10 @@ model_options = stack(
         help="auto: layers that do not fit go elsewhere.",
     ),
     click.option(
-        "--threads", metavar="N", type=click.IntRange(1, 1024), help="CPU threads.  [default: the physical cores]"
+        "--threads",
+        metavar="N",
+        type=click.IntRange(1, 1024),
+        help="CPU threads.  [default: OMP_NUM_THREADS, else the physical cores]",
     ),
 )
 

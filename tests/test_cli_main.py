@@ -236,6 +236,17 @@ def test_the_cuda_kernel_asked_for_without_a_device_fails_with_the_remedy(monkey
     assert "no CUDA driver or device" in told and "nvidia-smi" in told
 
 
+@pytest.mark.parametrize(
+    ("said", "threads"), [("1", 1), (" 3 ", 3), ("7,2", 7), ("", 0), ("many", 0), ("0", 0), ("-2", 0)]
+)
+def test_the_environment_says_how_many_threads(monkeypatch: pytest.MonkeyPatch, said: str, threads: int) -> None:
+    """Nested teams are a list in OpenMP, outermost first; what is no number above 0 counts as not said."""
+    monkeypatch.setenv("OMP_NUM_THREADS", said)
+    monkeypatch.setattr(versions, "physical_cores", lambda: 5)
+    assert versions.default_threads() == (threads or 5)
+    assert f"{threads or 5} without --threads" in {f.name: f.value for f in versions.examine()}["threads"]
+
+
 def test_cores_and_memory_are_plausible():
     assert 1 <= versions.physical_cores() <= (os.cpu_count() or 1)
     free = versions.free_memory_bytes()

@@ -115,7 +115,7 @@ class ModelEngine:
         kind = self._device.split(":")[0]
         same = before if before.get("device") == kind else {}
         dtype = self._resolve_dtype(kind, same.get("dtype"))
-        threads = self.choices.threads or before.get("threads") or versions.physical_cores()
+        threads = self.choices.threads or before.get("threads") or versions.default_threads()
         self._unit = threads if kind == "cpu" else 1
         known = self.choices.batch_size or before.get("batch_size")
         self.batch_size = known or together(min(rows, max(AUTO_BATCH[kind], self._unit)), self._unit)

@@ -136,7 +136,7 @@ def load(name: str, device: str, threads: int | None) -> MMInterleaved:
     Args:
         name: ``toon`` or a directory.
         device: as `kernel_bench.device_of` returns it.
-        threads: of a CPU; default its physical cores.
+        threads: of a CPU; default `versions.default_threads`.
 
     Raises:
         ModelError: there is no such model.
@@ -144,9 +144,9 @@ def load(name: str, device: str, threads: int | None) -> MMInterleaved:
     from mmi_engine.model.checkpoint import load_model
     from mmi_engine.model_info import locate
     from mmi_engine.runtime import tune_cpu
-    from mmi_engine.versions import physical_cores
+    from mmi_engine.versions import default_threads
 
-    tune_cpu(threads or physical_cores())
+    tune_cpu(threads or default_threads())
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     return load_model(locate(name), device=device, dtype=dtype).eval()
 

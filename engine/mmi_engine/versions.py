@@ -85,6 +85,17 @@ def physical_cores() -> int:
     return max(1, len(cores))
 
 
+def default_threads() -> int:
+    """Threads of a CPU where the user names none: OMP_NUM_THREADS where it is set, else the physical cores."""
+    return _said_threads() or physical_cores()
+
+
+def _said_threads() -> int:
+    """What OMP_NUM_THREADS says of the outermost team, 0 where that is no number above 0."""
+    outermost = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    return int(outermost) if outermost.isdecimal() else 0
+
+
 def free_memory_bytes() -> int | None:
     """Main memory that can be had without swapping: the smaller of the machine's and the control group's."""
     try:
@@ -112,6 +123,8 @@ def examine() -> list[Finding]:
     findings += _guarded("embedded model", _embedded_model)
     findings.append(_memory())
     findings.append(Finding("cores", f"{physical_cores()} physical, {os.cpu_count()} logical"))
+    source = "OMP_NUM_THREADS" if _said_threads() else "the physical cores"
+    findings.append(Finding("threads", f"{default_threads()} without --threads: {source}"))
     return findings
 
 

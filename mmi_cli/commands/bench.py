@@ -92,7 +92,12 @@ def kernel(
 )
 @click.option("--model", default="toon", show_default=True, metavar="M", help="toon or a model directory.")
 @click.option("--device", type=DeviceType(), default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
-@click.option("--threads", type=click.IntRange(1), metavar="N", help="CPU threads.  [default: physical cores]")
+@click.option(
+    "--threads",
+    type=click.IntRange(1),
+    metavar="N",
+    help="CPU threads.  [default: OMP_NUM_THREADS, else the physical cores]",
+)
 @click.option("--quick", is_flag=True, help="Fewer tokens and denoising steps, one repetition.")
 @click.option("--only", default="", metavar="NAMES", help="Only these cases, as the table names them: story,token.")
 @click.option(

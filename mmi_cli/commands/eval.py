@@ -54,7 +54,12 @@ suite_options = stack(
         "--steps", type=click.IntRange(1), metavar="N", help="Denoising steps.  [default: the suite's or model's]"
     ),
     click.option("--tuned", is_flag=True, help="Prompts of a fine-tuned model, where they differ."),
-    click.option("--threads", type=click.IntRange(1), metavar="N", help="CPU threads.  [default: the physical cores]"),
+    click.option(
+        "--threads",
+        type=click.IntRange(1),
+        metavar="N",
+        help="CPU threads.  [default: OMP_NUM_THREADS, else the physical cores]",
+    ),
 )
 
 

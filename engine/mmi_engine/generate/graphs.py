@@ -202,7 +202,7 @@ class FixedUNet:
         return self._recording().clone()
 
     def _predict(self) -> Tensor:
-        with text_once(self.unet, self.tokens, self.keys):
+        with text_once(self.unet, [self.tokens], [self.keys]):
             return self.unet(self.latents, self.step, self.tokens, self.vision)
 
 

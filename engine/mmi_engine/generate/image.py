@@ -9,7 +9,7 @@ not depend on its neighbours. Source: docs/model.md; schedulers are diffusers'.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,9 +20,9 @@ from torch import Tensor
 from mmi_engine.generate.graphs import fixed_unet
 from mmi_engine.generate.reuse import Reuse, unet_anew
 from mmi_engine.generate.settings import Settings
+from mmi_engine.generate.shares import Predict, predicting
 from mmi_engine.model.config import GenerationDefaults
 from mmi_engine.model.interleaved import MMInterleaved
-from mmi_engine.model.unet import text_once
 
 _SCHEDULERS: dict[str, Any] = {
     "ddpm": DDPMScheduler,
@@ -86,34 +86,19 @@ def denoise(
 ) -> Tensor:
     """Scaled latents ``[N, C, h, w]`` of the requested pictures; ``reuse``: what is computed once, default all."""
     decoder = model.image_decoder
-    batch, dtype = len(request.tokens), request.tokens.dtype
+    dtype = request.tokens.dtype
     scheduler = make_scheduler(model, plan.scheduler)
     scheduler.set_timesteps(plan.steps)
     size, channels = decoder.config.vae.latent_size, decoder.config.vae.latent_channels
     latents = torch.cat([_normal((1, channels, size, size), g) for g in request.generators]).to(model.device, dtype)
     latents = latents * scheduler.init_noise_sigma
     observe("init_latents", latents)
-    guided, once = plan.guidance != 1.0, reuse is None or reuse.values
-    if once:
-        vision = decoder.unet.look(request.features, request.visible)
-        vision = vision.repeat(2, batch) if guided and vision is not None else vision
-        vision = vision if vision is None or decoder.unet.indexes(dtype) else vision.side_by_side()
-    else:
-        vision = unet_anew(decoder.unet, request.features, request.visible, 1 + guided)
-    tokens = request.tokens
-    if guided:
-        tokens = torch.cat([decoder.unconditional.to(dtype).expand_as(tokens), tokens])
     # diffusers takes a list of generators, one per row, wherever a step draws noise.
     noise = {"generator": request.generators} if plan.scheduler == "ddpm" else {}
-    recorded = None
-    if once and model.graphs is not None and model.graphs.compiled is None:
-        recorded = fixed_unet(model, model.graphs, latents, scheduler.timesteps[0], tokens, vision)
-    keys_once = once and recorded is None and not decoder.unet.compiled
-    with text_once(decoder.unet, tokens) if keys_once else nullcontext():
+    guided = plan.guidance != 1.0
+    with _predicting(model, request, scheduler, latents, guided, reuse is None or reuse.values) as predict:
         for index, step in enumerate(scheduler.timesteps):
-            inputs = latents if once or not guided else torch.cat([latents, latents])
-            inputs = scheduler.scale_model_input(inputs, step)
-            predicted = decoder.unet(inputs, step, tokens, vision) if recorded is None else recorded(inputs, step)
+            predicted = predict(scheduler.scale_model_input(latents, step), step)
             if guided:
                 unconditional, conditional = predicted.chunk(2)
                 predicted = unconditional + plan.guidance * (conditional - unconditional)
@@ -124,6 +109,28 @@ def denoise(
                 observe("latents_after_step0", latents)
     observe("final_latents", latents)
     return latents
+
+
+@contextmanager
+def _predicting(
+    model: MMInterleaved, request: ImageRequest, scheduler: Any, latents: Tensor, guided: bool, once: bool
+) -> Iterator[Predict]:
+    """Predictions for both halves of guidance; without ``once`` as the released engine computes them."""
+    decoder, tokens, steps = model.image_decoder, request.tokens, scheduler.timesteps
+    unet, batch = decoder.unet, len(tokens)
+    halves = [decoder.unconditional.to(tokens.dtype).expand_as(tokens), tokens] if guided else [tokens]
+    if not once:
+        whole, vision = torch.cat(halves), unet_anew(unet, request.features, request.visible, len(halves))
+        yield lambda inputs, step: unet(torch.cat([inputs] * len(halves)), step, whole, vision)
+        return
+    seen = unet.look(request.features, request.visible)
+    if model.graphs is None or model.graphs.compiled:
+        with predicting(unet, latents, halves, seen, len(steps)) as predict:
+            yield predict
+        return
+    seen = seen.repeat(2, batch) if guided and seen is not None else seen
+    seen = seen if seen is None or unet.indexes(tokens.dtype) else seen.side_by_side()
+    yield fixed_unet(model, model.graphs, latents, steps[0], torch.cat(halves), seen)
 
 
 def _normal(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

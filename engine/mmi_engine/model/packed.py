@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable
+from functools import cache
 from typing import Any, TypeVar
 
 import torch
@@ -38,6 +39,29 @@ def available() -> bool:
     """Whether this torch has the operators and this processor gains by them."""
     known = None not in (_linear, _reordered, _convolution, _reorder_kernel)
     return known and platform.machine().lower() in ("x86_64", "amd64") and torch.backends.mkldnn.is_available()
+
+
+_SOURCE = """
+def linear(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+def convolution(
+    x: Tensor, weight: Tensor, bias: Optional[Tensor], pad: List[int], step: List[int], dilation: List[int], groups: int
+) -> Tensor:
+    return torch.ops.mkldnn._convolution_pointwise(x, weight, bias, pad, step, dilation, groups, "none", [], "")
+"""
+
+
+@cache
+def _recordable() -> Any:
+    """The operators for `torch.jit.trace`, which cannot record their lists of optional numbers itself."""
+    return torch.jit.CompilationUnit(_SOURCE)
+
+
+def _multiplied(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if torch.jit.is_tracing():
+        return _recordable().linear(input, weight, bias)
+    return _linear(input, weight, bias, "none", [], "")
 
 
 def _reordered_kernel(weight: Tensor, *rest: Any) -> Tensor:
@@ -83,7 +107,7 @@ class PackedLinear(Packed, nn.Linear):
         weight = self._second(input, lambda: _reordered(self.weight.detach(), input.numel() // self.in_features))
         if weight is None:
             return nn.Linear.forward(self, input)
-        return _linear(input, weight, self.bias, "none", [], "")
+        return _multiplied(input, weight, self.bias)
 
 
 class PackedMap:
@@ -105,7 +129,7 @@ class PackedMap:
             return F.linear(input, self.weight, self.bias)
         if self.second is None:
             self.second = _reordered(self.weight, input.shape[0] * input.shape[1])
-        return _linear(input, self.second, self.bias, "none", [], "")
+        return _multiplied(input, self.second, self.bias)
 
 
 class PackedConv2d(Packed, SteadyConv2d):
@@ -120,6 +144,8 @@ class PackedConv2d(Packed, SteadyConv2d):
             weight = self._second(input, lambda: _reordered_kernel(self.weight.detach(), *settings, input.shape))
         if weight is None:
             return SteadyConv2d.forward(self, input)
+        if torch.jit.is_tracing():
+            return _recordable().convolution(input, weight, self.bias, *map(list, settings[:3]), self.groups)
         return _convolution(input, weight, self.bias, *settings, "none", [], "")
 
 

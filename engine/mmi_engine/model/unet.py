@@ -13,7 +13,7 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from mmi_engine.errors import ModelError
 from mmi_engine.model.config import MMFSConfig
 from mmi_engine.model.dense import synchronizer
-from mmi_engine.model.kept import joined
+from mmi_engine.model.kept import Keeps, joined
 from mmi_engine.model.mmfs import Projecting, Shapes, project_all
 from mmi_engine.model.packed import PackedMap
 from mmi_engine.model.positions import resize_grid, sincos_2d
@@ -110,6 +110,12 @@ class ImageVision:
         own = torch.arange(len(self.rows), device=self.rows.device) if self.sources is None else self.sources
         return ImageVision(self.values, self.shapes, self.visible.repeat(times, 1), rows, own.repeat(times), self)
 
+    def part(self, rows: slice) -> ImageVision:
+        """The same for some rows of the batch."""
+        at = ((self.rows >= rows.start) & (self.rows < rows.stop)).nonzero().squeeze(1)
+        own = at if self.sources is None else self.sources[at]
+        return ImageVision(self.values, self.shapes, self.visible[at], self.rows[at] - rows.start, own)
+
     def side_by_side(self) -> ImageVision:
         """The same with the values of every row in place, for kernels that would gather them in every step."""
         if self.sources is None:
@@ -117,7 +123,19 @@ class ImageVision:
         return replace(self, values=[v[self.sources] for v in self.values], sources=None)
 
 
-class MMFSUNet(nn.Module):
+class Paths(Protocol):
+    """What stands before and behind MMFS; see :class:`MMFSUNet`."""
+
+    def down(self, latents: Tensor, timesteps: Tensor, context: Tensor) -> Sequence[Tensor]:
+        """See :meth:`MMFSUNet.down`."""
+        ...
+
+    def up(self, emb: Tensor, context: Tensor, *features: Tensor) -> Tensor:
+        """See :meth:`MMFSUNet.up`."""
+        ...
+
+
+class MMFSUNet(Keeps):
     """``UNet2DConditionModel`` with one :class:`MMFSBlock` per skip feature and one for the middle."""
 
     def __init__(
@@ -159,7 +177,14 @@ class MMFSUNet(nn.Module):
         block = self.mmfs_blocks[0]
         return resolve(block.mmfs.backend, block.positions.device, dtype) != "torch"
 
-    def forward(self, latents: Tensor, timesteps: Tensor, context: Tensor, vision: ImageVision | None = None) -> Tensor:
+    def forward(
+        self,
+        latents: Tensor,
+        timesteps: Tensor,
+        context: Tensor,
+        vision: ImageVision | None = None,
+        paths: Paths | None = None,
+    ) -> Tensor:
         """One prediction.
 
         Args:
@@ -168,32 +193,44 @@ class MMFSUNet(nn.Module):
             context: text condition ``[k·N, 77, cross_attention_dim]``, k conditions for the same latents, one after the
                 other (both halves of guidance); what does not depend on them is computed once.
             vision: of :meth:`look`, repeated k times; ``None`` leaves MMFS out altogether.
+            paths: what computes the two halves around MMFS, by default the model's own.
 
         Returns:
             ``[k·N, C, h, w]``.
         """
+        paths = paths or self
+        emb, *features = paths.down(latents, timesteps, context)
+        if vision is not None:
+            features = self._synchronized(features, vision, len(context) // len(latents))
+        return paths.up(emb, context, *features)
+
+    def down(self, latents: Tensor, timesteps: Tensor, context: Tensor) -> tuple[Tensor, ...]:
+        """Time embedding, all skip features and the middle block's output; arguments as of :meth:`forward`."""
         unet, copies = self.unet, len(context) // len(latents)
         if timesteps.dim():
             emb = unet.time_embedding(unet.get_time_embed(sample=latents, timestep=timesteps)).repeat(copies, 1)
         else:  # one step for all rows: one row, whatever their number, and the blocks broadcast it
             emb = unet.time_embedding(unet.get_time_embed(sample=latents[:1], timestep=timesteps))
-        first = unet.conv_in(latents)
-        sample = _copies(first, copies)
+        sample = _copies(unet.conv_in(latents), copies)
         skips = (sample,)
         for block in unet.down_blocks:
             sample, more = block(hidden_states=sample, temb=emb, **_attends(block, context))
             skips += more
-        sample = unet.mid_block(sample, emb, **_attends(unet.mid_block, context))
-        if vision is not None:
-            features = enumerate(zip(self.mmfs_blocks, (*skips, sample), strict=True))
-            terms = [
-                _copies(b.term(first, vision.once, 0), copies)
-                if i == 0 and copies > 1 and vision.once is not None
-                else b.term(x, vision, i)
-                for i, (b, x) in features
-            ]
-            skips = tuple(x + term for x, term in zip(skips, terms, strict=False))
-            sample = sample + terms[-1]
+        return emb, *skips, unet.mid_block(sample, emb, **_attends(unet.mid_block, context))
+
+    def _synchronized(self, features: list[Tensor], vision: ImageVision, copies: int) -> list[Tensor]:
+        """Skip features and the middle block's output, each with its MMFS block's term."""
+        terms = []
+        for order, (block, x) in enumerate(zip(self.mmfs_blocks, features, strict=True)):
+            if order == 0 and copies > 1 and vision.once is not None:  # nothing has read the text yet
+                terms.append(_copies(block.term(x[: len(x) // copies], vision.once, 0), copies))
+            else:
+                terms.append(block.term(x, vision, order))
+        return [x + term for x, term in zip(features, terms, strict=True)]
+
+    def up(self, emb: Tensor, context: Tensor, *features: Tensor) -> Tensor:
+        """The prediction from what :meth:`down` gives."""
+        unet, (*skips, sample) = self.unet, features
         for block in unet.up_blocks:
             count = len(block.resnets)
             residuals, skips = skips[-count:], skips[:-count]
@@ -201,7 +238,7 @@ class MMFSUNet(nn.Module):
             sample = block(
                 hidden_states=sample,
                 temb=emb,
-                res_hidden_states_tuple=residuals,
+                res_hidden_states_tuple=tuple(residuals),
                 upsample_size=target,
                 **_attends(block, context),
             )
@@ -238,23 +275,34 @@ def text_keys(unet: MMFSUNet, context: Tensor) -> TextKeys:
 
 
 @contextmanager
-def text_once(unet: MMFSUNet, context: Tensor, keys: TextKeys | None = None) -> Iterator[None]:
-    """While it lasts, the keys and values of ``context`` in cross-attention are ``keys``, by default computed now.
+def text_once(unet: MMFSUNet, contexts: Sequence[Tensor], keys: Sequence[TextKeys] | None = None) -> Iterator[None]:
+    """While it lasts, the keys and values in cross-attention of each of ``contexts`` are those of ``keys``, by default
+    computed now.
 
-    Only this very tensor is recognised; any other is projected as ever.
+    Only these very tensors are recognised; any other is projected as ever.
     """
 
-    def kept(known: Tensor, project: Callable[[Tensor], Tensor]) -> Any:
-        return lambda given: known if given is context else project(given)
+    def kept(known: Sequence[Tensor], project: Callable[[Tensor], Tensor]) -> Any:
+        def find(given: Tensor) -> Tensor:
+            for context, one in zip(contexts, known, strict=True):
+                if given is context:
+                    return one
+            return project(given)
 
-    keys = text_keys(unet, context) if keys is None else keys
-    for linear, known in keys:
+        return find
+
+    keys = [text_keys(unet, context) for context in contexts] if keys is None else keys
+    found = [(same[0][0], [known for _, known in same]) for same in zip(*keys, strict=True)]
+    before = [vars(linear).get("forward") for linear, _ in found]
+    for linear, known in found:
         linear.forward = kept(known, linear.forward)
     try:
         yield
     finally:
-        for linear, _ in keys:
-            vars(linear).pop("forward", None)
+        for (linear, _), old in zip(found, before, strict=True):
+            vars(linear).pop("forward")
+            if old is not None:
+                linear.forward = old
 
 
 def _copies(x: Tensor, count: int) -> Tensor:
