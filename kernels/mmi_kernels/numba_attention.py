@@ -16,7 +16,9 @@ from torch import Tensor
 from mmi_kernels import numba_mmfs, numba_team
 from mmi_kernels.numba_cpu import MIN_WORK_PER_THREAD, Plan, in_pool, no_memory, plain, plan_of, threads_for
 
-TILE = 16384
+import os
+TILE = int(os.environ.get('TILE','16384'))
+GROUP=int(os.environ.get('GROUP','0'))
 """Samples whose locations and weights a thread holds at a time: 192 KiB, within a core's second-level cache."""
 
 
@@ -73,12 +75,14 @@ def attend(
     if (0 in addresses or visible.data_ptr() == 0) and out.numel():
         raise no_memory()
     inner = (0 if token is None else addresses[6], 0 if sources is None else sources.data_ptr())
-    tile = max(1, min(queries, TILE // max(1, plan.sizes[4] * heads)))
+    group = GROUP or plan.group
+    most = int(plan.bands_owner[0][:, 1].max())
+    tile = max(1, min(queries, TILE // max(1, most * (min(group, heads) if plan.pack else heads))))
     fields = np.zeros(32, np.int64)
     fields[: len(numba_mmfs.FIELDS)] = (
-        *(*addresses[:6], visible.data_ptr(), spans.ctypes.data, *inner, plan.slots_at, out.data_ptr()),
+        *(*addresses[:6], visible.data_ptr(), spans.ctypes.data, *inner, out.data_ptr()),
         *(plan.sizes[0], queries, heads, dim, images, levels, points, len(reference), visible.shape[1]),
-        *(per_level, token is not None, plan.group, plan.pack, tile),
+        *(per_level, token is not None, group, plan.pack, tile, plan.bands[0], plan.bands[1], most, plan.bands[2]),
     )
     _spread(fields, plan, queries, (floats, visible, spans, sources, plan, out, fields))
     return out if dtype == torch.float32 else out.to(dtype)

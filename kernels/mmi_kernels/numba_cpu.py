@@ -35,6 +35,9 @@ from mmi_kernels.errors import KernelUnavailable
 # Below this many multiply-adds a call stays in its thread: waking a worker costs about as much.
 MIN_WORK_PER_THREAD = 1_000_000
 
+import os as _os
+BAND = int(_os.environ.get("BAND", 3 << 19))
+
 _pool: ThreadPoolExecutor | None = None
 _pool_size = 0
 
@@ -118,8 +121,8 @@ def _forward(value: Tensor, spatial_shapes: tuple[tuple[int, int], ...], locatio
     plan = plan_of(spatial_shapes, value.shape, weights.shape)
     queries = weights.shape[1]
     out = value.new_empty(weights.shape[0], queries, plan.sizes[2] * plan.sizes[3])
-    tensors = (locations.data_ptr(), weights.data_ptr(), plan.slots_at, out.data_ptr())
-    call = (value.data_ptr(), tensors, plan.sizes, plan.group, plan.pack)
+    tensors = (locations.data_ptr(), weights.data_ptr(), out.data_ptr())
+    call = (value.data_ptr(), tensors, plan.sizes, plan.group, plan.pack, plan.bands)
     if 0 in tensors and out.numel():
         raise no_memory()
     if plan.work < 2 * MIN_WORK_PER_THREAD:
@@ -158,7 +161,9 @@ class Plan(NamedTuple):
     pack: bool
     slots: np.ndarray
     slots_at: int
+    bands: tuple[int, int, int]
     work: int
+    bands_owner: tuple
 
 
 @lru_cache(maxsize=256)
@@ -175,7 +180,27 @@ def plan_of(spatial_shapes: tuple[tuple[int, int], ...], value: torch.Size, weig
     table = np.stack([shapes[:, 1], shapes[:, 0], np.cumsum(areas) - areas])  # [3, L]
     slots = np.tile(np.repeat(table, points, axis=1), group).astype(np.float32).reshape(-1)
     work = rows * queries * heads * samples * dim * 4
-    return Plan((positions, queries, heads, dim, samples), rows * heads, group, pack, slots, slots.ctypes.data, work)
+    cuts = _cuts(areas, points, dim) if pack and group == 1 else [0, len(areas)]
+    bands, owners = np.zeros((len(cuts) - 1, 6), np.int64), []
+    for band, first, last in zip(bands, cuts, cuts[1:], strict=False):
+        some = (last - first) * points
+        of_band = np.tile(np.repeat(table[:, first:last], points, axis=1), max(1, numba_loops.CHUNK // some))
+        owners.append(of_band.astype(np.float32).reshape(-1))
+        band[:] = first * points, some, table[2, first], areas[first:last].sum(), owners[-1].ctypes.data, of_band.shape[1]
+    found = bands.ctypes.data, len(bands), int(bands[:, 3].max())
+    sizes = positions, queries, heads, dim, samples
+    return Plan(sizes, rows * heads, group, pack, slots, slots.ctypes.data, found, work, (bands, owners))
+
+
+def _cuts(areas: np.ndarray, points: int, dim: int) -> list[int]:
+    """Where the levels are cut into bands whose maps of one head fit a core's cache."""
+    cuts, held = [0], 0
+    for level, area in enumerate(areas.tolist()):
+        if held and held + area > BAND // (4 * dim):
+            cuts.append(level)
+            held = 0
+        held += area
+    return [*cuts, len(areas)]
 
 
 def threads_for(size: int, work: int) -> int:

@@ -138,7 +138,7 @@ def _corner(maps, sample, corner, stride):
 
 def _channel_loops(width: int) -> tuple[Any, Any]:
     """(gather, scatter) for `width` channels of the samples [first, last) that are placed."""
-    zero, load, store, add, multiply, fma, sum4 = operations(width)
+    zero, load, store, add, multiply, fma, _, sum4 = operations(width)
 
     @part
     def fetch(maps, sample, stride):
@@ -289,61 +289,127 @@ def _place_step(tensors, sizes, group, n, q, h, stop, slot, zeros, scratch):
 
 
 @part
-def sweep(maps, stride, tensors, sizes, group, n, heads_of, queries_of, fetch, fresh, scratch, later):
-    """`sample_lanes` for a range of heads of row n, whose maps are given; scratch and later: two scratch arrays.
+def _together(q, h, heads_of, last_query, apart, per_step):
+    """How many pairs of query and head from (q, h) on are placed at once: those that lie together, if they fit."""
+    start, stop = heads_of
+    left = stop - h if apart == 1 else (last_query - 1 - q) * (stop - start) + stop - h
+    return 1 if apart > 1 else min(per_step, left)
 
+
+@part
+def sweep(maps, stride, tensors, sizes, layout, band, n, heads_of, queries_of, fetch, fresh, scratch, later):
+    """Adds the samples of one band to out, for a range of heads and queries of row n; maps: of the first head.
+
+    layout: where a pair's samples are in locations and weights, (Q of a row, heads of a query, samples of a pair, first
+        sample of the band), and whether pairs lie apart: 0 never, 1 those of different queries, 2 all.
+    band: (samples, address of their slots, columns of those).
     fresh: out starts as zeros, else the samples are added to what stands there.
-    A step is placed before the one ahead of it is gathered, which meanwhile fetches its corners, if asked to.
+    scratch and later: two scratch arrays. A step is placed before the one ahead of it is summed, which meanwhile
+    fetches its corners, if asked to.
     """
-    _, queries, heads, dim, samples = sizes
+    _, queries, heads, dim, _ = sizes
+    rows, across, each, before, apart = layout
+    samples, slots, columns = band
     start, stop = heads_of
     first_query, last_query = queries_of
-    q, h, slot = first_query, start, 0
-    if q < last_query:
-        _place_step(tensors, sizes, group, n, q, h, stop, slot, False, scratch)
+    per_step = max(1, CHUNK // samples)
+    q, h, slot, there = first_query, start, 0, 0
+    together = 0
+    next_q, next_h, next_slot = q, h, slot
     while q < last_query:
-        next_q, next_h, next_slot = _after(q, h, slot, start, stop, group, samples)
+        next_together = 0
         if next_q < last_query:
-            _place_step(tensors, sizes, group, n, next_q, next_h, stop, next_slot, False, later)
-        ahead = maps + 4 * (next_h - start) * dim if fetch and next_q < last_query else 0
-        together, each = min(group, stop - h), min(CHUNK, samples - slot)
-        here, out = maps + 4 * (h - start) * dim, tensors[3] + 4 * ((n * queries + q) * heads + h) * dim
-        if fresh and slot == 0:
-            copy(0, 0, out, 0, 1, together * dim)
+            next_together = _together(next_q, next_h, heads_of, last_query, apart, per_step)
+            count = next_together * min(CHUNK, samples - next_slot)
+            at = ((n * rows + next_q) * across + next_h) * each + before + next_slot
+            into = later if there else scratch
+            _place(tensors[0] + 8 * at, tensors[1] + 4 * at, count, slots + 4 * next_slot, columns, False, into)
+        ahead_h = next_h
         for j in range(together):
-            away = 4 * j * dim
-            first, soon = j * each, ahead + away if ahead != 0 else 0
-            _gather(here + away, stride, first, first + each, scratch, out + away, dim, soon, later)
-        q, h, slot = next_q, next_h, next_slot
-        scratch, later = later, scratch
+            k, many = j * min(CHUNK, samples - slot), min(CHUNK, samples - slot)
+            out = tensors[2] + 4 * ((n * queries + q) * heads + h) * dim
+            if fresh and slot == 0:
+                copy(0, 0, out, 0, 1, dim)
+            here, soon = maps + 4 * (h - start) * dim, 0
+            if fetch and next_together > 0:
+                soon = maps + 4 * (ahead_h - start) * dim
+            _gather(here, stride, k, k + many, scratch, out, dim, soon, later)
+            h, ahead_h = h + 1, ahead_h + 1
+            if h == stop:
+                q, h = q + 1, start
+            if ahead_h == stop:
+                ahead_h = start
+        if together > 0:
+            scratch, later = later, scratch
+        there = 1
+        q, h, slot, together = next_q, next_h, next_slot, next_together
+        if slot + CHUNK < samples:
+            next_slot = slot + CHUNK
+        else:
+            ahead = h - start + together
+            next_q, next_h, next_slot = q + ahead // (stop - start), start + ahead % (stop - start), 0
+
+
+@part
+def band_of(bands, i):
+    """(first sample, samples, first position, positions, address of slots, columns of slots) of band i."""
+    a = carray(pointer(bands + i * 48), 6, np.int64)
+    return a[0], a[1], a[2], a[3], a[4], a[5]
+
+
+@part
+def pack_band(maps, stride, packed, wide, first, positions):
+    """Copies a band's maps together; returns where position 0 of the row would be."""
+    copy(maps + first * stride, stride, packed, wide, positions, wide // 4)
+    return packed - first * wide
 
 
 @compiled
-def sample_lanes(value, tensors, sizes, group, pack, first, last, first_query, last_query):
+def sample_lanes(value, tensors, sizes, group, pack, bands, first, last, first_query, last_query):
     """Writes out for lanes [first, last) and queries [first_query, last_query).
 
     Args:
         value: address.
-        tensors: addresses of locations, weights, slots, out.
+        tensors: addresses of locations, weights, out.
         sizes: (S, Q, H, D, L·P).
         group: how many heads make a group: 1, or as many as have at most CHUNK samples.
         pack: copy each group's maps together first (pays when many queries read them).
+        bands: (address, how many, positions of the largest), see `numba_cpu.Plan`.
     """
-    positions, _, heads, dim, _ = sizes
+    positions, queries, heads, dim, samples = sizes
+    bands_at, count, room = bands
     scratch = np.empty(2 * ROWS * CHUNK, np.float32)
-    packed = np.empty(positions * dim * group if pack else 0, np.float32)
+    packed = np.empty(room * dim * group if pack else 0, np.float32)
     scratch_at, packed_at = np.int64(scratch.ctypes.data), np.int64(packed.ctypes.data)
     for n in range(first // heads, (last + heads - 1) // heads):
         end = min(last - n * heads, heads)
         for start in range(max(first - n * heads, 0), end, group if pack else heads):
             stop = min(start + group, end) if pack else end
-            maps, stride = value + 4 * (n * positions * heads + start) * dim, 4 * heads * dim
-            if pack:
-                wide = 4 * (stop - start) * dim
-                copy(maps, stride, packed_at, wide, positions, wide // 4)
-                maps, stride = packed_at, wide
             heads_of, queries_of, later = (start, stop), (first_query, last_query), scratch_at + ROWS * ROW
-            sweep(maps, stride, tensors, sizes, group, n, heads_of, queries_of, not pack, True, scratch_at, later)
+            for i in range(count):
+                before, some, place, places, slots, columns = band_of(bands_at, i)
+                maps, stride = value + 4 * (n * positions * heads + start) * dim, 4 * heads * dim
+                if pack:
+                    wide = 4 * (stop - start) * dim
+                    maps, stride = pack_band(maps, stride, packed_at, wide, place, places), wide
+                layout = (queries, heads, samples, before, 2 if count > 1 else int(stop - start < heads))
+                band = (some, slots, columns)
+                fresh = i == 0
+                sweep(
+                    maps,
+                    stride,
+                    tensors,
+                    sizes,
+                    layout,
+                    band,
+                    n,
+                    heads_of,
+                    queries_of,
+                    not pack,
+                    fresh,
+                    scratch_at,
+                    later,
+                )
     return scratch.size + packed.size  # alive until here: their addresses were in use
 
 
