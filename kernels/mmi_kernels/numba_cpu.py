@@ -172,7 +172,7 @@ def plan_of(spatial_shapes: tuple[tuple[int, int], ...], value: torch.Size, weig
     rows, positions, heads, dim = value
     queries, points = weights[1], weights[4]
     samples = len(spatial_shapes) * points
-    pack = queries * samples >= positions
+    pack = queries * samples >= positions and positions * heads * dim * 4 > int(_os.environ.get("FIT", "0"))
     # the copy of a group is best when its positions are no wider than eight cache lines
     group = max(1, min(heads, numba_loops.CHUNK // samples, 128 // dim if pack else heads))
     shapes = np.asarray(spatial_shapes, dtype=np.int64)

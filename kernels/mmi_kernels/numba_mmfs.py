@@ -95,41 +95,43 @@ def _softmax_short(weights_at, count, each, ignore, left_at):
 
 @part
 def _softmax(weights_at, count, ignore):
-    """Logits of one pair → (largest, one over the sum, weight of the ignore slot); their exponentials in place."""
+    """Logits of one pair → (largest, one over the sum, weight of the ignore slot); weights in place."""
     top = filled16(_ZERO if ignore else _HIDDEN)
-    for i in range(0, count, 16):
-        block = load16(weights_at + 4 * i)
-        if count - i < 16:
-            block = first16(block, count - i, _HIDDEN)
-            store16(weights_at + 4 * i, block)
-        top = larger16(block, top)
+    whole = count - count % 16
+    for i in range(0, whole, 16):
+        top = larger16(load16(weights_at + 4 * i), top)
+    rest = load16(weights_at + 4 * whole) if whole < count else _zero16()
+    if whole < count:
+        top = larger16(first16(rest, count - whole, filled16(_HIDDEN)), top)
     top = _fold(top, 16, True)
-    total = _zero16()
-    for i in range(0, count, 16):
+    total, left = _zero16(), _zero16()
+    for i in range(0, whole, 16):
         grown = exp16(less16(load16(weights_at + 4 * i), top))
         total = add16(total, grown)
         store16(weights_at + 4 * i, grown)
+    last = _zero16()
+    if whole < count:
+        last = exp16(less16(rest, top))
+        total = add16(total, first16(last, count - whole, _zero16()))
     total = _fold(total, 16, False)
-    left = _zero16()
     if ignore:
         left = exp16(less16(_zero16(), top))
         total = add16(total, left)
     scale = divided16(filled16(_ONE), total)
+    for i in range(0, whole, 16):
+        store16(weights_at + 4 * i, multiply16(load16(weights_at + 4 * i), scale))
+    if whole < count:  # what lies behind is the next pair's
+        store16(weights_at + 4 * whole, first16(multiply16(last, scale), count - whole, rest))
     return first_of16(top), first_of16(scale), first_of16(multiply16(left, scale))
-
-
-@part
-def _scaled(weights_at, count, scale):
-    for i in range(0, count, 16):
-        store16(weights_at + 4 * i, multiply16(load16(weights_at + 4 * i), filled16(scale)))
 
 
 @part
 def _weights(weights_at, count, top, scale):
     """Logits → weights in place, of which largest and scale are known."""
     for i in range(0, count, 16):
-        grown = exp16(less16(load16(weights_at + 4 * i), filled16(top)))
-        store16(weights_at + 4 * i, multiply16(grown, filled16(scale)))
+        logits = load16(weights_at + 4 * i)
+        found = multiply16(exp16(less16(logits, filled16(top))), filled16(scale))
+        store16(weights_at + 4 * i, first16(found, count - i, logits) if count - i < 16 else found)
 
 
 @part
@@ -148,8 +150,8 @@ def _add(left_at, right_at, count, into_at):
 
 @part
 def _fill(into_at, count, value):
-    for i in range(0, count, 16):
-        store16(into_at + 4 * i, filled16(value))
+    for i in range(count):
+        store_float(into_at + 4 * i, value)
 
 
 @part
@@ -199,10 +201,11 @@ def _levels_of(a, m, levels_of):
 
 
 @part
-def _logits(a, n, q, h, heads_once, levels_of, into_at):
-    """Logits of head h of query q in a range of levels; of `heads_once` heads if there is one image, all its levels."""
-    images, heads, levels, points = a[_IMAGES], a[_HEADS], a[_LEVELS], a[_POINTS]
-    lane, nearer = (n * a[_QUERIES] + q) * heads + h, 0  # visible images at or after this one
+def _logits(a, n, q, heads_of, levels_of, into_at):
+    """Logits [heads, levels, P] of query q."""
+    images, heads, levels, points, start = a[_IMAGES], a[_HEADS], a[_LEVELS], a[_POINTS], heads_of[0]
+    given, each = levels * points, (levels_of[1] - levels_of[0]) * points
+    lane, nearer = (n * a[_QUERIES] + q) * heads + start, 0  # visible images at or after this one
     for back in range(images):
         m = images - 1 - back
         first, last = _levels_of(a, m, levels_of)
@@ -210,37 +213,43 @@ def _logits(a, n, q, h, heads_once, levels_of, into_at):
         nearer += visible
         if last <= first:
             continue
-        into, count = into_at + 4 * (m * levels + first - levels_of[0]) * points, (last - first) * points * heads_once
-        if visible:
-            away = 4 * first * points
-            table = a[_LOGIT_TABLE] + 4 * (nearer * heads + h) * levels * points + away
-            _add(a[_LOGITS] + 4 * lane * levels * points + away, table, count, into)
-        else:
-            for i in range(count):
-                store_float(into + 4 * i, _HIDDEN)
+        into, count = into_at + 4 * (m * levels + first - levels_of[0]) * points, (last - first) * points
+        many, away = heads_of[1] - start, 4 * first * points
+        if count == each and count == given:
+            many, count = 1, many * count
+        logits, table = a[_LOGITS] + 4 * lane * given + away, a[_LOGIT_TABLE] + 4 * (nearer * heads + start) * given + away
+        for j in range(many):
+            if visible:
+                _add(logits + 4 * j * given, table + 4 * j * given, count, into + 4 * j * each)
+            else:
+                _fill(into + 4 * j * each, count, _HIDDEN)
 
 
 @part
-def _locations(a, n, q, h, heads_once, levels_of, into_at):
-    """As `_logits`, locations."""
-    images, heads, levels, points = a[_IMAGES], a[_HEADS], a[_LEVELS], a[_POINTS]
-    lane, nearer = (n * a[_QUERIES] + q) * heads + h, 0
+def _locations(a, n, q, heads_of, levels_of, into_at):
+    """Locations [heads, levels, P, 2] of query q."""
+    images, heads, levels, pairs, start = a[_IMAGES], a[_HEADS], a[_LEVELS], 2 * a[_POINTS], heads_of[0]
+    lane, nearer = (n * a[_QUERIES] + q) * heads + start, 0
     reference = a[_REFERENCE] + 8 * ((n if a[_REFERENCES] > 1 else 0) * a[_QUERIES] + q)
     middle = load_float(reference), load_float(reference + 4)
-    pairs = 2 * points
     moved, between = (pairs * levels, pairs) if a[_PER_LEVEL] else (pairs, 0)
+    each = (levels_of[1] - levels_of[0]) * pairs
+    many, count = heads_of[1] - start, pairs
+    if each == pairs and moved == pairs:
+        many, count = 1, many * pairs
     for back in range(images):
         m = images - 1 - back
         first, last = _levels_of(a, m, levels_of)
         visible = _seen(a, n, q, m)
         nearer += visible
         r = nearer if visible else 0
-        offsets, table = a[_OFFSETS] + 4 * lane * moved, a[_OFFSET_TABLE] + 4 * (r * heads + h) * moved
         for level in range(first, last):
             scales, away = a[_SCALES] + 8 * level, 4 * level * between
+            offsets, table = a[_OFFSETS] + 4 * lane * moved + away, a[_OFFSET_TABLE] + 4 * (r * heads + start) * moved + away
             into = into_at + 4 * (m * levels + level - levels_of[0]) * pairs
             span = load_float(scales), load_float(scales + 4)
-            _move(offsets + away, table + away, pairs * heads_once, middle, span, into)
+            for j in range(many):
+                _move(offsets + 4 * j * moved, table + 4 * j * moved, count, middle, span, into + 4 * j * each)
 
 
 @part
@@ -260,7 +269,7 @@ def _statistics(a, n, heads_of, queries_of, row_at, into_at):
     levels, samples = a[_IMAGES] * a[_LEVELS], a[_IMAGES] * a[_LEVELS] * a[_POINTS]
     for q in range(queries_of[0], queries_of[1]):
         for h in range(heads_of[0], heads_of[1]):
-            _logits(a, n, q, h, 1, (0, levels), row_at)
+            _logits(a, n, q, (h, h + 1), (0, levels), row_at)
             top, scale, left = _softmax(row_at, samples, a[_IGNORE] != 0)
             store_float(into_at, top)
             store_float(into_at + 4, scale)
@@ -272,32 +281,24 @@ def _statistics(a, n, heads_of, queries_of, row_at, into_at):
 def _tile(a, n, heads_of, queries_of, levels_of, statistics_at, locations_at, weights_at):
     """Locations and weights of a few queries into their buffers; without statistics, out's beginning, too."""
     start, stop = heads_of
-    points, ignore = a[_POINTS], a[_IGNORE] != 0
-    each, group = (levels_of[1] - levels_of[0]) * points, stop - start
-    short = statistics_at == 0 and (each == 1 or each == 2 or each == 4 or each == 8)
-    at_once = group if short and a[_IMAGES] == 1 else 1
-    flat = group if a[_IMAGES] == 1 and a[_LEVELS] == 1 else 1
-    into, moved, left_at = weights_at, locations_at, locations_at
+    each, ignore = (levels_of[1] - levels_of[0]) * a[_POINTS], a[_IGNORE] != 0
+    short = each == 1 or each == 2 or each == 4 or each == 8
     for q in range(queries_of[0], queries_of[1]):
-        begun = into
-        for h in range(start, stop, at_once):
-            _logits(a, n, q, h, at_once, levels_of, into)
+        _logits(a, n, q, heads_of, levels_of, weights_at)
+        if statistics_at == 0 and short:  # the ignore slot's weights lie meanwhile where locations come
+            _softmax_short(weights_at, each * (stop - start), each, ignore, locations_at)
+        for h in range(start, stop):
+            into = weights_at + 4 * (h - start) * each
             if statistics_at != 0:
                 _weights(into, each, load_float(statistics_at), load_float(statistics_at + 4))
                 statistics_at += 8
-            elif not short:
-                _, scale, left = _softmax(into, each, ignore)
-                _scaled(into, each, scale)
-                _begin(a, n, q, h, left)
-            into += 4 * each * at_once
-        if short:
-            left_at = moved  # where locations come later
-            _softmax_short(begun, group * each, each, ignore, left_at)
-            for h in range(start, stop):
-                _begin(a, n, q, h, load_float(left_at + 4 * (h - start) * each) if ignore else _ZERO)
-        for h in range(start, stop, flat):
-            _locations(a, n, q, h, flat, levels_of, moved)
-            moved += 8 * each * flat
+            elif short:
+                _begin(a, n, q, h, load_float(locations_at + 4 * (h - start) * each) if ignore else _ZERO)
+            else:
+                _begin(a, n, q, h, _softmax(into, each, ignore)[2])
+        _locations(a, n, q, heads_of, levels_of, locations_at)
+        weights_at += 4 * (stop - start) * each
+        locations_at += 8 * (stop - start) * each
 
 
 @compiled

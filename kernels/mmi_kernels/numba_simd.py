@@ -214,18 +214,18 @@ def filled16(typing_context: Any, number: Any) -> Any:
 
 @intrinsic
 def first16(typing_context: Any, value: Any, count: Any, other: Any) -> Any:
-    """The first `count` numbers of a block, `other` (float32) after them."""
+    """The first `count` numbers of a block, those of another after them."""
     block = Block(_EXP_WIDTH)
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        whole, undefined = ir.VectorType(_INT, _EXP_WIDTH), ir.Constant(_SINGLE, ir.Undefined)
-        limit = builder.insert_element(ir.Constant(whole, ir.Undefined), builder.trunc(args[1], _INT), ir.Constant(_INT, 0))
-        limit = _shuffled(builder, limit, ir.Constant(whole, ir.Undefined), [0] * _EXP_WIDTH)
+        whole = ir.VectorType(_INT, _EXP_WIDTH)
+        undefined = ir.Constant(whole, ir.Undefined)
+        limit = builder.insert_element(undefined, builder.trunc(args[1], _INT), ir.Constant(_INT, 0))
+        limit = _shuffled(builder, limit, undefined, [0] * _EXP_WIDTH)
         within = builder.icmp_signed("<", ir.Constant(whole, [*range(_EXP_WIDTH)]), limit)
-        single = builder.insert_element(undefined, args[2], ir.Constant(_INT, 0))
-        return builder.select(within, args[0], _shuffled(builder, single, undefined, [0] * _EXP_WIDTH))
+        return builder.select(within, args[0], args[2])
 
-    return block(block, types.int64, types.float32), generate
+    return block(block, types.int64, block), generate
 
 
 @intrinsic
