@@ -374,10 +374,10 @@ def sample_lanes(value, tensors, sizes, group, pack, bands, first, last, first_q
         sizes: (S, Q, H, D, L·P).
         group: how many heads make a group: 1, or as many as have at most CHUNK samples.
         pack: copy each group's maps together first (pays when many queries read them).
-        bands: (address, how many, positions of the largest), see `numba_cpu.Plan`.
+        bands: see `numba_cpu.Plan`.
     """
     positions, queries, heads, dim, samples = sizes
-    bands_at, count, room = bands
+    bands_at, count, room, _ = bands
     scratch = np.empty(2 * ROWS * CHUNK, np.float32)
     packed = np.empty(room * dim * group if pack else 0, np.float32)
     scratch_at, packed_at = np.int64(scratch.ctypes.data), np.int64(packed.ctypes.data)

@@ -217,7 +217,10 @@ def _logits(a, n, q, heads_of, levels_of, into_at):
         many, away = heads_of[1] - start, 4 * first * points
         if count == each and count == given:
             many, count = 1, many * count
-        logits, table = a[_LOGITS] + 4 * lane * given + away, a[_LOGIT_TABLE] + 4 * (nearer * heads + start) * given + away
+        logits, table = (
+            a[_LOGITS] + 4 * lane * given + away,
+            a[_LOGIT_TABLE] + 4 * (nearer * heads + start) * given + away,
+        )
         for j in range(many):
             if visible:
                 _add(logits + 4 * j * given, table + 4 * j * given, count, into + 4 * j * each)
@@ -245,7 +248,10 @@ def _locations(a, n, q, heads_of, levels_of, into_at):
         r = nearer if visible else 0
         for level in range(first, last):
             scales, away = a[_SCALES] + 8 * level, 4 * level * between
-            offsets, table = a[_OFFSETS] + 4 * lane * moved + away, a[_OFFSET_TABLE] + 4 * (r * heads + start) * moved + away
+            offsets, table = (
+                a[_OFFSETS] + 4 * lane * moved + away,
+                a[_OFFSET_TABLE] + 4 * (r * heads + start) * moved + away,
+            )
             into = into_at + 4 * (m * levels + level - levels_of[0]) * pairs
             span = load_float(scales), load_float(scales + 4)
             for j in range(many):

@@ -65,14 +65,14 @@ def forget() -> None:
 
 def _forward(data):
     """One thread's share of `sample_lanes`: a range of lanes, or of queries."""
-    a = carray(data, 17)
+    a = carray(data, 18)
     thread, threads = _thread(), _threads()
-    size = a[16]
+    size = a[17]
     first, last = size * thread // threads, size * (thread + 1) // threads
-    sizes, bands = (a[4], a[5], a[6], a[7], a[8]), (a[11], a[12], a[13])
+    sizes, bands = (a[4], a[5], a[6], a[7], a[8]), (a[11], a[12], a[13], a[14])
     call = a[0], (a[1], a[2], a[3]), sizes, a[9], a[10] != 0, bands
-    if last > first and a[14] != 0:
-        sample_lanes(*call, 0, a[15], first, last)
+    if last > first and a[15] != 0:
+        sample_lanes(*call, 0, a[16], first, last)
     elif last > first:
         sample_lanes(*call, first, last, 0, a[5])
 
