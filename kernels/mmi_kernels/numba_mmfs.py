@@ -5,8 +5,9 @@ locations and weights in torch and samples through `op.deform_sample`. Here they
 buffer that stays in the processor's cache: each thread makes those of a tile, `numba_loops.sweep` reads them, the next
 tile overwrites them. Which row of the values a sequence looks at is an index, so nothing is gathered before.
 
-The softmax has its own exponential, since numba calls the C library for every single one: e^x = 2^n · e^r with
-r = x − n·ln 2 in [−0.35, 0.35], and a polynomial for e^r with a relative error of 3e-9 before rounding.
+The softmax works on sixteen numbers at once, of one pair of query and head or of several that have up to eight samples.
+Its exponential is its own (`numba_simd.exp16`), since numba calls the C library for every single one: e^x = 2^n · e^r
+with r = x − n·ln 2 in [−0.35, 0.35], and a polynomial for e^r with a relative error of 3e-9 before rounding.
 
 Source: as `fused.py`; the exponential as in Cody & Waite 1980, with coefficients of our own (smallest largest error).
 """
@@ -18,7 +19,8 @@ import numpy as np
 from numba import carray
 from numba.np.unsafe.ndarray import to_fixed_tuple
 
-from mmi_kernels.numba_loops import CHUNK, ROW, ROWS, band_of, compiled, copy, pack_band, part, pointer, sweep
+from mmi_kernels.numba_loops import band_of, compiled, pack_band, sweep
+from mmi_kernels.numba_samples import CHUNK, ROW, ROWS, copy, part, pointer
 from mmi_kernels.numba_simd import (
     divided16,
     exp16,
@@ -48,7 +50,6 @@ _SOURCES, _OUT = range(9, 11)
 _POSITIONS, _QUERIES, _HEADS, _DIM, _IMAGES, _LEVELS, _POINTS, _REFERENCES, _SEEN_BY = range(11, 20)
 _PER_LEVEL, _IGNORE, _GROUP, _PACK, _TILE, _BANDS, _BAND_COUNT, _BAND_SAMPLES, _BAND_POSITIONS = range(20, 29)
 
-_LOWEST = np.float32(-87.0)
 _HIDDEN = np.float32(-1e30)
 _ZERO, _ONE = np.float32(0.0), np.float32(1.0)
 SLACK = 16

@@ -26,7 +26,7 @@ import torch
 from llvmlite import binding
 from numba import carray, cfunc, types
 
-from mmi_kernels import numba_loops, numba_mmfs, numba_simd
+from mmi_kernels import numba_loops, numba_mmfs, numba_samples, numba_simd
 from mmi_kernels.numba_loops import OPTIONS, named_after, sample_lanes, sample_lanes_backward
 from mmi_kernels.numba_mmfs import attend_lanes
 
@@ -105,7 +105,7 @@ def _compiled(function: Any) -> Any:
     """A share as a C function of one address."""
     make = partial(cfunc, types.void(types.CPointer(types.int64)), error_model=OPTIONS["error_model"])
     try:
-        named_after(function, numba_loops.__file__, numba_simd.__file__, numba_mmfs.__file__)
+        named_after(function, *(file.__file__ for file in (numba_loops, numba_samples, numba_simd, numba_mmfs)))
         return make(cache=True)(function)
     except (OSError, RuntimeError):  # as in `numba_loops`
         return make()(function)
