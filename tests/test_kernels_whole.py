@@ -225,3 +225,23 @@ def test_rows_that_are_not_there(row: int) -> None:
     given["rows"][1] = row
     with pytest.raises(IndexError, match=r"within \[0, 2\)"):
         run(case, given, "numba")
+
+
+def test_one_row_of_visibility_serves_all_sequences() -> None:
+    case = CASES["mmfs, toon"]
+    given = draw(case, torch.float32)
+    given["visible"] = given["visible"][:1]
+    alike = {**given, "visible": given["visible"].repeat(2, 1, 1)}
+    assert torch.equal(run(case, given, "numba"), run(case, alike, "numba"))
+
+
+def test_maps_in_bands_give_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bands of one level each, several queries at a time, some images hidden."""
+    monkeypatch.setattr("mmi_kernels.numba_cpu.BAND", 1)
+    monkeypatch.setattr("mmi_kernels.numba_attention.LINGERS", 0)
+    case = KernelCase("mmfs", 2, 150, 3, 32, 9, ((8, 8), (4, 4)), 4, "some", token=True)
+    given = draw(case, torch.float32)
+    found, truth = run(case, given, "numba"), run(case, precise(given))
+    assert (found.double() - truth).abs().max() / truth.abs().max() < 3e-6
+    monkeypatch.setattr("mmi_kernels.numba_attention.TILE", 100)
+    assert torch.equal(run(case, given, "numba"), found)

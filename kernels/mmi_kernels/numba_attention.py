@@ -6,8 +6,10 @@ gradients. What is read by address was compared with the other shapes before. Ty
 
 from __future__ import annotations
 
+import math
+from array import array
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,6 +20,8 @@ from mmi_kernels.numba_cpu import MIN_WORK_PER_THREAD, Plan, in_pool, no_memory,
 
 TILE = 16384
 """Samples whose locations and weights a thread holds at a time: 192 KiB, within a core's second-level cache."""
+LINGERS = 5 << 17
+"""Bytes of one sequence's values that a core's second-level cache keeps beside a tile; they are read where they are."""
 
 
 def attend(
@@ -54,64 +58,108 @@ def attend(
         ValueError: shapes or devices do not fit together.
         IndexError: a query sees more images than the tables have rows for, or ``rows`` names none of ``values``.
     """
-    dtype, (batch, queries, _), levels = values.dtype, logits.shape, len(shapes)
-    floats = [values, offsets, logits, *tables, reference, *(() if token is None else (token,))]
-    visible = visible.expand(batch, -1, -1) if len(visible) == 1 else visible
-    points, per_level = _checked(shapes, len(scales), floats, visible, rows)
-    heads, dim, images = *values.shape[2:], visible.shape[2]
-    plan = plan_of(
-        shapes * images,
-        torch.Size((batch, *values.shape[1:])),
-        torch.Size((batch, queries, heads, images * levels, points)),
+    given = (values, offsets, logits, *tables, reference, *(() if token is None else (token,)))
+    form = _form(
+        shapes,
+        scales,
+        tuple([tensor.shape for tensor in given]),
+        visible.shape,
+        None if rows is None else rows.shape,
+        TILE,
     )
-    spans = _spans(scales)
-    visible = visible.to(torch.int32).contiguous()
+    others = (visible,) if rows is None else (visible, rows)
+    if not (all([tensor.is_cpu for tensor in given]) and all([tensor.is_cpu for tensor in others])):
+        raise ValueError("tensors on different devices")
+    _in_range(form, visible, rows, len(values))
+    floats = [plain(tensor) for tensor in given]
+    seen = visible.to(torch.int32)
+    seen = (seen.expand(form.out[0], -1, -1) if len(seen) == 1 < form.out[0] else seen).contiguous()
     sources = None if rows is None else rows.to(torch.int64).contiguous()
-    out = torch.empty(batch, queries, heads * dim, dtype=torch.float32, device="cpu")
-    floats = [plain(tensor) for tensor in floats]
+    out = torch.empty(form.out, dtype=torch.float32, device="cpu")
     addresses = [tensor.data_ptr() for tensor in floats]
-    if (0 in addresses or visible.data_ptr() == 0) and out.numel():
+    seen_at, out_at = seen.data_ptr(), out.data_ptr()
+    if (0 in addresses or seen_at == 0) and out_at:
         raise no_memory()
     inner = (0 if token is None else addresses[6], 0 if sources is None else sources.data_ptr())
-    tile = max(1, min(queries, TILE // max(1, plan.sizes[4] * heads)))
-    fields = np.zeros(32, np.int64)
-    fields[: len(numba_mmfs.FIELDS)] = (
-        *(*addresses[:6], visible.data_ptr(), spans.ctypes.data, *inner, plan.slots_at, out.data_ptr()),
-        *(plan.sizes[0], queries, heads, dim, images, levels, points, len(reference), visible.shape[1]),
-        *(per_level, token is not None, plan.group, plan.pack, tile),
+    fields = array("q", (*addresses[:6], seen_at, form.spans_at, *inner, out_at, *form.rest))
+    _spread(fields.buffer_info()[0], form, (floats, seen, sources, form, out, fields))
+    return out if values.dtype == torch.float32 else out.to(values.dtype)
+
+
+class _Form(NamedTuple):
+    """What the shapes of a call decide.
+
+    Attributes:
+        plan: see `numba_cpu.Plan`.
+        out: shape of the output.
+        known: rows of the tables.
+        spans: `scales` in float32, and their address.
+        rest: what follows the addresses in `numba_mmfs.FIELDS`.
+        work: multiply-adds, softmax and locations included.
+    """
+
+    plan: Plan
+    out: tuple[int, int, int]
+    known: int
+    spans: np.ndarray
+    spans_at: int
+    rest: tuple[int, ...]
+    work: int
+
+
+@lru_cache(maxsize=256)
+def _form(
+    shapes: tuple[tuple[int, int], ...],
+    scales: tuple[tuple[float, float], ...],
+    given: tuple[torch.Size, ...],
+    visible: torch.Size,
+    rows: torch.Size | None,
+    tile: int,
+) -> _Form:
+    """For the shapes of `attend`'s float tensors in order, after all were compared. Raises ValueError."""
+    values, logits, known, reference = given[0], given[2], given[3][0], given[5]
+    if len(visible) == 3 and visible[0] == 1:
+        visible = torch.Size((logits[0], *visible[1:]))
+    points, per_level = _fitting(shapes, len(scales), given, visible)
+    channels = values[2] * values[3]
+    sources = tuple(values[:1] if rows is None else rows)
+    if sources != (logits[0],) or (len(given) > 6 and math.prod(given[6]) != channels):
+        raise ValueError(f"values {tuple(values)} do not fit {logits[0]} sequences, their rows or the token")
+    (batch, queries, _), (heads, dim), levels, images = logits, values[2:], len(shapes), visible[2]
+    plan = plan_of(
+        shapes * images,
+        torch.Size((batch, *values[1:])),
+        torch.Size((batch, queries, heads, images * levels, points)),
+        LINGERS,
     )
-    _spread(fields, plan, queries, (floats, visible, spans, sources, plan, out, fields))
-    return out if dtype == torch.float32 else out.to(dtype)
+    address, bands, positions, most = plan.bands
+    tile = max(1, min(queries, tile // max(1, most * (min(plan.group, heads) if plan.pack else heads))))
+    spans = np.asarray(scales, np.float32).reshape(-1)
+    rest = (
+        *(plan.sizes[0], queries, heads, dim, images, levels, points, reference[0], visible[1]),
+        *(int(per_level), int(len(given) > 6), plan.group, int(plan.pack), tile, address, bands, most, positions),
+    )
+    work = plan.work + 32 * plan.lanes * queries * plan.sizes[4]
+    return _Form(plan, (batch, queries, channels), known, spans, spans.ctypes.data, rest, work)
 
 
-def _checked(
-    shapes: tuple[tuple[int, int], ...], scales: int, floats: list[Tensor], visible: Tensor, rows: Tensor | None
-) -> tuple[int, bool]:
-    """(points, whether every level has its own offsets); raises as `attend`. floats: its float tensors in order."""
-    if any(tensor.device.type != "cpu" for tensor in (*floats, visible, *(() if rows is None else (rows,)))):
-        raise ValueError("tensors on different devices")
-    values, logits, known = floats[0], floats[2], len(floats[3])
-    found = _fitting(shapes, scales, *(tensor.shape for tensor in floats[:6]), visible.shape)
-    token = floats[6].numel() if len(floats) > 6 else values.shape[2] * values.shape[3]
-    sources = values.shape[:1] if rows is None else rows.shape
-    if tuple(sources) != (len(logits),) or token != values.shape[2] * values.shape[3]:
-        raise ValueError(f"values {tuple(values.shape)} do not fit {len(logits)} sequences, their rows or the token")
-    if visible.shape[2] >= known and bool((visible != 0).sum(-1).max() >= known):
-        raise IndexError(f"a query sees more images than the tables tell apart, which is {known - 1}")
-    if rows is not None and len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < len(values):
-        raise IndexError(f"rows must be within [0, {len(values)})")
-    return found
+def _in_range(form: _Form, visible: Tensor, rows: Tensor | None, values: int) -> None:
+    """Raises IndexError where `visible` or `rows` name what is not there."""
+    if visible.shape[2] >= form.known and bool((visible != 0).sum(-1).max() >= form.known):
+        raise IndexError(f"a query sees more images than the tables tell apart, which is {form.known - 1}")
+    if rows is not None and len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < values:
+        raise IndexError(f"rows must be within [0, {values})")
 
 
-def _spread(fields: np.ndarray, plan: Plan, queries: int, owners: tuple[Any, ...]) -> None:
-    """`attend_lanes` over all lanes and queries, on as many threads as the work is worth."""
-    at, work = fields.ctypes.data, plan.work + 32 * plan.lanes * queries * plan.sizes[4]
-    if work < 2 * MIN_WORK_PER_THREAD:
+def _spread(at: int, form: _Form, owners: tuple[Any, ...]) -> None:
+    """`attend_lanes` over all lanes and queries, on as many threads as the work is worth; at: address of its array."""
+    plan, queries = form.plan, form.out[1]
+    if form.work < 2 * MIN_WORK_PER_THREAD:
         numba_mmfs.attend_lanes(at, 0, plan.lanes, 0, queries)
         return
     by_query = not plan.pack and plan.lanes < torch.get_num_threads()
     size = queries if by_query else plan.lanes
-    threads = threads_for(size, work)
+    threads = threads_for(size, form.work)
     if threads > 1 and numba_team.available():
         numba_team.attend(at, plan.lanes, queries, by_query, threads)
     elif by_query:
@@ -120,19 +168,11 @@ def _spread(fields: np.ndarray, plan: Plan, queries: int, owners: tuple[Any, ...
         in_pool(lambda a, b: numba_mmfs.attend_lanes(at, a, b, 0, queries), size, threads, owners)
 
 
-@lru_cache(maxsize=256)
 def _fitting(
-    shapes: tuple[tuple[int, int], ...],
-    scales: int,
-    values: torch.Size,
-    offsets: torch.Size,
-    logits: torch.Size,
-    offset_table: torch.Size,
-    logit_table: torch.Size,
-    reference: torch.Size,
-    visible: torch.Size,
+    shapes: tuple[tuple[int, int], ...], scales: int, given: tuple[torch.Size, ...], visible: torch.Size
 ) -> tuple[int, bool]:
     """(points, whether every level has its own offsets), after every shape was compared. Raises ValueError."""
+    values, offsets, logits, offset_table, logit_table, reference = given[:6]
     (batch, queries, width), levels, heads = logits, len(shapes), values[2]
     points = width // max(heads * levels, 1)
     cells = sum(height * width for height, width in shapes)
@@ -157,8 +197,3 @@ def _fitting(
             "do not fit together"
         )
     return points, offsets[2] == 2 * width and levels > 1
-
-
-@lru_cache(maxsize=256)
-def _spans(scales: tuple[tuple[float, float], ...]) -> np.ndarray:
-    return np.asarray(scales, np.float32).reshape(-1)

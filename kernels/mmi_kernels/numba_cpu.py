@@ -35,6 +35,9 @@ from mmi_kernels.errors import KernelUnavailable
 # Below this many multiply-adds a call stays in its thread: waking a worker costs about as much.
 MIN_WORK_PER_THREAD = 1_000_000
 
+BAND = 3 << 19
+"""Bytes of one head's maps that are copied together at a time: about a core's second-level cache."""
+
 _pool: ThreadPoolExecutor | None = None
 _pool_size = 0
 
@@ -118,8 +121,8 @@ def _forward(value: Tensor, spatial_shapes: tuple[tuple[int, int], ...], locatio
     plan = plan_of(spatial_shapes, value.shape, weights.shape)
     queries = weights.shape[1]
     out = value.new_empty(weights.shape[0], queries, plan.sizes[2] * plan.sizes[3])
-    tensors = (locations.data_ptr(), weights.data_ptr(), plan.slots_at, out.data_ptr())
-    call = (value.data_ptr(), tensors, plan.sizes, plan.group, plan.pack)
+    tensors = (locations.data_ptr(), weights.data_ptr(), out.data_ptr())
+    call = (value.data_ptr(), tensors, plan.sizes, plan.group, plan.pack, plan.bands)
     if 0 in tensors and out.numel():
         raise no_memory()
     if plan.work < 2 * MIN_WORK_PER_THREAD:
@@ -149,7 +152,11 @@ class Plan(NamedTuple):
         pack: whether a lane's queries read its maps often enough to pay for one copy of them.
         slots: [3 · group · L·P] float32: width, height and first position of the level of each sample of a group.
         slots_at: its address.
+        bands: forward, the levels are taken in bands whose maps of one head fit a core's cache: (address, how many,
+            positions of the largest, samples of the largest) of an int64 array [·, 6]: first sample, samples, first
+            position, positions, address and columns of the band's own slots. One band unless single heads are packed.
         work: multiply-adds of the forward pass.
+        owners: the arrays behind `bands`.
     """
 
     sizes: tuple[int, int, int, int, int]
@@ -158,16 +165,23 @@ class Plan(NamedTuple):
     pack: bool
     slots: np.ndarray
     slots_at: int
+    bands: tuple[int, int, int, int]
     work: int
+    owners: tuple[Any, ...]
 
 
 @lru_cache(maxsize=256)
-def plan_of(spatial_shapes: tuple[tuple[int, int], ...], value: torch.Size, weights: torch.Size) -> Plan:
-    """For maps and the shapes of value [N, S, H, D] and weights [N, Q, H, L, P]."""
+def plan_of(
+    spatial_shapes: tuple[tuple[int, int], ...], value: torch.Size, weights: torch.Size, lingers: int = 0
+) -> Plan:
+    """For maps and the shapes of value [N, S, H, D] and weights [N, Q, H, L, P].
+
+    lingers: bytes of a row of values that stay in a core's cache as they are, so that no copy of them is made.
+    """
     rows, positions, heads, dim = value
     queries, points = weights[1], weights[4]
     samples = len(spatial_shapes) * points
-    pack = queries * samples >= positions
+    pack = queries * samples >= positions and 4 * positions * heads * dim > lingers
     # the copy of a group is best when its positions are no wider than eight cache lines
     group = max(1, min(heads, numba_loops.CHUNK // samples, 128 // dim if pack else heads))
     shapes = np.asarray(spatial_shapes, dtype=np.int64)
@@ -175,7 +189,33 @@ def plan_of(spatial_shapes: tuple[tuple[int, int], ...], value: torch.Size, weig
     table = np.stack([shapes[:, 1], shapes[:, 0], np.cumsum(areas) - areas])  # [3, L]
     slots = np.tile(np.repeat(table, points, axis=1), group).astype(np.float32).reshape(-1)
     work = rows * queries * heads * samples * dim * 4
-    return Plan((positions, queries, heads, dim, samples), rows * heads, group, pack, slots, slots.ctypes.data, work)
+    bands, owners = _bands(table, areas, points, _cuts(areas, dim) if pack and group == 1 else [0, len(areas)])
+    sizes = positions, queries, heads, dim, samples
+    return Plan(sizes, rows * heads, group, pack, slots, slots.ctypes.data, bands, work, owners)
+
+
+def _bands(
+    table: np.ndarray, areas: np.ndarray, points: int, cuts: list[int]
+) -> tuple[tuple[int, int, int, int], tuple[Any, ...]]:
+    """`Plan.bands` and `Plan.owners` for levels cut where `cuts` says; table: width, height, start of each."""
+    bands, owners = np.zeros((len(cuts) - 1, 6), np.int64), []
+    for band, first, last in zip(bands, cuts, cuts[1:], strict=False):
+        some = (last - first) * points
+        slots = np.tile(np.repeat(table[:, first:last], points, axis=1), max(1, numba_loops.CHUNK // some))
+        owners.append(slots.astype(np.float32).reshape(-1))
+        band[:] = first * points, some, table[2, first], areas[first:last].sum(), owners[-1].ctypes.data, slots.shape[1]
+    return (bands.ctypes.data, len(bands), int(bands[:, 3].max()), int(bands[:, 1].max())), (bands, *owners)
+
+
+def _cuts(areas: np.ndarray, dim: int) -> list[int]:
+    """Where the levels are cut into bands whose maps of one head fit a core's cache."""
+    cuts, held = [0], 0
+    for level, area in enumerate(areas.tolist()):
+        if held and held + area > BAND // (4 * dim):
+            cuts.append(level)
+            held = 0
+        held += area
+    return [*cuts, len(areas)]
 
 
 def threads_for(size: int, work: int) -> int:

@@ -47,6 +47,7 @@ class Operations(NamedTuple):
     add: Any  # (block, block) → sum
     multiply: Any  # (block, block) → product
     fma: Any  # (factor, block, total) → total + factor · block, factor a float32 scalar
+    pairs: Any  # (scalar, scalar) → the two in turns (not for a width of 1)
     sum4: Any  # (block, block, block, block) → the four blocks' sums, in an order that is fixed
 
 
@@ -124,6 +125,16 @@ def operations(width: int) -> Operations:
         return block(types.float32, block, block), generate
 
     @intrinsic
+    def pairs(typing_context: Any, even: Any, odd: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            pair = ir.Constant(ir.VectorType(_FLOAT, 2), ir.Undefined)
+            for lane, number in enumerate(args):
+                pair = builder.insert_element(pair, number, ir.Constant(_INT, lane))
+            return _shuffled(builder, pair, pair, [0, 1] * (width // 2))
+
+        return block(types.float32, types.float32), generate
+
+    @intrinsic
     def sum4(typing_context: Any, a: Any, b: Any, c: Any, d: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             if width == 1:
@@ -139,7 +150,122 @@ def operations(width: int) -> Operations:
 
         return Block(_QUAD)(block, block, block, block), generate
 
-    return Operations(zero, load, store, add, multiply, fma, sum4)
+    return Operations(zero, load, store, add, multiply, fma, pairs, sum4)
+
+
+_EXP_WIDTH = 16
+_SINGLE = ir.VectorType(_FLOAT, _EXP_WIDTH)
+_LOG2E, _LN2, _LOWEST = 1.4426950408889634, 0.6931471805599453, -87.0
+_EXP = (0.00138146, 0.00836871, 0.04166839, 0.16666521, 0.49999993)
+"""e^r = 1 + r + r² · (((c₀ r + c₁) r + …) + c₄) on [−ln 2 / 2, ln 2 / 2]."""
+
+
+def _filled(number: float) -> Any:
+    return ir.Constant(_SINGLE, [number] * _EXP_WIDTH)
+
+
+@intrinsic
+def exp16(typing_context: Any, exponents: Any) -> Any:
+    """e^x of sixteen x ≤ 0, NaN for NaN; 0 at −87 and below."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        def fma(factor: Any, value: Any, total: Any) -> Any:
+            return builder.fadd(total, builder.fmul(factor, value, flags=_FLAGS), flags=_FLAGS)
+
+        whole = ir.VectorType(_INT, _EXP_WIDTH)
+        counts = builder.fcmp_ordered(">", args[0], _filled(_LOWEST))
+        x = builder.select(counts, args[0], _filled(_LOWEST))
+        n = builder.fptosi(fma(x, _filled(_LOG2E), _filled(-0.5)), whole)  # towards 0, so the nearest
+        r = fma(builder.sitofp(n, _SINGLE), _filled(-_LN2), x)
+        tail = _filled(_EXP[0])
+        for coefficient in _EXP[1:]:
+            tail = fma(tail, r, _filled(coefficient))
+        grown = fma(builder.fmul(r, r, flags=_FLAGS), tail, builder.fadd(r, _filled(1.0), flags=_FLAGS))
+        biased = builder.add(n, ir.Constant(whole, [127] * _EXP_WIDTH))
+        power = builder.bitcast(builder.shl(biased, ir.Constant(whole, [23] * _EXP_WIDTH)), _SINGLE)
+        found = builder.select(counts, builder.fmul(grown, power, flags=_FLAGS), _filled(0.0))
+        return builder.select(builder.fcmp_unordered("uno", args[0], args[0]), args[0], found)
+
+    return Block(_EXP_WIDTH)(Block(_EXP_WIDTH)), generate
+
+
+@intrinsic
+def larger16(typing_context: Any, left: Any, right: Any) -> Any:
+    """The larger of each two numbers; the right one where either is NaN."""
+    block = Block(_EXP_WIDTH)
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.select(builder.fcmp_ordered(">", *args), *args)
+
+    return block(block, block), generate
+
+
+@intrinsic
+def filled16(typing_context: Any, number: Any) -> Any:
+    """Sixteen times the same number."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        undefined = ir.Constant(_SINGLE, ir.Undefined)
+        single = builder.insert_element(undefined, args[0], ir.Constant(_INT, 0))
+        return _shuffled(builder, single, undefined, [0] * _EXP_WIDTH)
+
+    return Block(_EXP_WIDTH)(types.float32), generate
+
+
+@intrinsic
+def first16(typing_context: Any, value: Any, count: Any, other: Any) -> Any:
+    """The first `count` numbers of a block, those of another after them."""
+    block = Block(_EXP_WIDTH)
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        whole = ir.VectorType(_INT, _EXP_WIDTH)
+        undefined = ir.Constant(whole, ir.Undefined)
+        limit = builder.insert_element(undefined, builder.trunc(args[1], _INT), ir.Constant(_INT, 0))
+        limit = _shuffled(builder, limit, undefined, [0] * _EXP_WIDTH)
+        within = builder.icmp_signed("<", ir.Constant(whole, [*range(_EXP_WIDTH)]), limit)
+        return builder.select(within, args[0], args[2])
+
+    return block(block, types.int64, block), generate
+
+
+@intrinsic
+def first_of16(typing_context: Any, value: Any) -> Any:
+    """A block's first number."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.extract_element(args[0], ir.Constant(_INT, 0))
+
+    return types.float32(Block(_EXP_WIDTH)), generate
+
+
+def _swapped(distance: int) -> Any:
+    block = Block(_EXP_WIDTH)
+
+    @intrinsic
+    def swapped(typing_context: Any, value: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            return _shuffled(builder, args[0], args[0], [lane ^ distance for lane in range(_EXP_WIDTH)])
+
+        return block(block), generate
+
+    return swapped
+
+
+swapped1, swapped2, swapped4, swapped8 = (_swapped(distance) for distance in (1, 2, 4, 8))
+"""A block's numbers exchanged with their neighbours at that distance, in pairs."""
+
+
+@intrinsic
+def divided16(typing_context: Any, above: Any, below: Any) -> Any:
+    block = Block(_EXP_WIDTH)
+    return block(block, block), lambda context, builder, signature, args: builder.fdiv(*args, flags=_FLAGS)
+
+
+@intrinsic
+def less16(typing_context: Any, left: Any, right: Any) -> Any:
+    """left − right."""
+    block = Block(_EXP_WIDTH)
+    return block(block, block), lambda context, builder, signature, args: builder.fsub(*args, flags=_FLAGS)
 
 
 load4, store4 = _load_store(ir.VectorType(_FLOAT, _QUAD), Block(_QUAD))

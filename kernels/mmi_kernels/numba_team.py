@@ -26,7 +26,7 @@ import torch
 from llvmlite import binding
 from numba import carray, cfunc, types
 
-from mmi_kernels import numba_loops, numba_mmfs, numba_simd
+from mmi_kernels import numba_loops, numba_mmfs, numba_samples, numba_simd
 from mmi_kernels.numba_loops import OPTIONS, named_after, sample_lanes, sample_lanes_backward
 from mmi_kernels.numba_mmfs import attend_lanes
 
@@ -65,15 +65,16 @@ def forget() -> None:
 
 def _forward(data):
     """One thread's share of `sample_lanes`: a range of lanes, or of queries."""
-    a = carray(data, 16)
+    a = carray(data, 18)
     thread, threads = _thread(), _threads()
-    size = a[14]
+    size = a[17]
     first, last = size * thread // threads, size * (thread + 1) // threads
-    call = a[0], (a[1], a[2], a[3], a[4]), (a[5], a[6], a[7], a[8], a[9]), a[10], a[11] != 0
-    if last > first and a[12] != 0:
-        sample_lanes(*call, 0, a[13], first, last)
+    sizes, bands = (a[4], a[5], a[6], a[7], a[8]), (a[11], a[12], a[13], a[14])
+    call = a[0], (a[1], a[2], a[3]), sizes, a[9], a[10] != 0, bands
+    if last > first and a[15] != 0:
+        sample_lanes(*call, 0, a[16], first, last)
     elif last > first:
-        sample_lanes(*call, first, last, 0, a[6])
+        sample_lanes(*call, first, last, 0, a[5])
 
 
 def _backward(data):
@@ -104,7 +105,7 @@ def _compiled(function: Any) -> Any:
     """A share as a C function of one address."""
     make = partial(cfunc, types.void(types.CPointer(types.int64)), error_model=OPTIONS["error_model"])
     try:
-        named_after(function, numba_loops.__file__, numba_simd.__file__, numba_mmfs.__file__)
+        named_after(function, *(file.__file__ for file in (numba_loops, numba_samples, numba_simd, numba_mmfs)))
         return make(cache=True)(function)
     except (OSError, RuntimeError):  # as in `numba_loops`
         return make()(function)
@@ -121,12 +122,13 @@ def forward(call: tuple[Any, ...], lanes: int, queries: int, by_query: bool, thr
     """`sample_lanes(*call, …)` over all lanes and queries.
 
     Args:
-        call: (value, tensors, sizes, group, pack).
+        call: (value, tensors, sizes, group, pack, bands).
         by_query: cut along the queries, not along the lanes.
         threads: at most so many; OpenMP may give fewer.
     """
-    value, tensors, sizes, group, pack = call
-    _run(_forward, (value, *tensors, *sizes, group, pack, by_query, lanes, queries if by_query else lanes, 0), threads)
+    value, tensors, sizes, group, pack, bands = call
+    numbers = (value, *tensors, *sizes, group, pack, *bands, by_query, lanes, queries if by_query else lanes)
+    _run(_forward, numbers, threads)
 
 
 def backward(call: tuple[Any, ...], lanes: int, threads: int) -> None:
