@@ -104,7 +104,8 @@ def _run(
 
 def make_engine(options: dict[str, Any], decoding: str) -> Any:
     """The engine that the options describe; nothing is loaded yet."""
-    from mmi_engine.engine import Choices, ModelEngine
+    from mmi_engine.choices import Choices
+    from mmi_engine.engine import ModelEngine
 
     named = {name: options[name] for name in SETTINGS if options.get(name) is not None}
     choices = Choices(

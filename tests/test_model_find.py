@@ -15,7 +15,8 @@ from tiny import tiny_model
 
 from mmi_cli.main import main
 from mmi_engine import model_info
-from mmi_engine.engine import Choices, ModelEngine
+from mmi_engine.choices import Choices
+from mmi_engine.engine import ModelEngine
 from mmi_engine.errors import ModelError
 from mmi_engine.model.checkpoint import load_model, save_model
 from mmi_engine.model_info import describe, family, fingerprint, locate

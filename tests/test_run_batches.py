@@ -14,7 +14,8 @@ from test_run_kill import tree
 
 from mmi_cli.main import main
 from mmi_engine.batches import buckets
-from mmi_engine.engine import Choices, ModelEngine
+from mmi_engine.choices import Choices
+from mmi_engine.engine import ModelEngine
 from mmi_engine.errors import DeviceError, RowError
 from mmi_engine.generate.interleave import Maker
 from mmi_engine.pieces import Piece

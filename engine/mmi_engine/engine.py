@@ -8,17 +8,17 @@ first one chose.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from mmi_engine import versions
 from mmi_engine.batches import WINDOW, as_item_error
+from mmi_engine.choices import Choices, device_of, dtype_of, generation_of, kernel_of, torch_dtype
 from mmi_engine.data.manifest import item_seed
-from mmi_engine.errors import BackendError, DeviceError, UsageError, is_out_of_memory
+from mmi_engine.errors import UsageError, is_out_of_memory
 from mmi_engine.pieces import Piece
 from mmi_engine.probe import together
 from mmi_engine.tasks import Job
@@ -26,46 +26,6 @@ from mmi_engine.tasks import Job
 log = logging.getLogger(__name__)
 
 AUTO_BATCH = {"cpu": 4, "cuda": 16}  # upper bounds, on a CPU at least the threads; never more than there are rows
-
-
-@dataclass(frozen=True)
-class Choices:
-    """What the user chose; None and ``auto`` leave the choice to model and machine.
-
-    Attributes:
-        model: ``toon`` or a directory.
-        device: ``auto``, ``cpu``, ``cuda``, ``cuda:N``; local_rank: the device of this process when launched.
-        dtype: ``auto``, ``fp32``, ``bf16``, ``fp16``.
-        kernel: ``auto``, ``cuda``, ``torch``, ``numba``.
-        threads, batch_size: numbers or None.
-        llm_bits: 8, 4 or None for the language model as it is; device_map: ``auto`` or None, see `load_model`.
-        fast: the model's quick steps and guidance.
-        writes, draws: whether the command makes texts, pictures.
-        compile: what makes these, see `generate/compiled.py`; cuda_graphs: record steps, see `generate/graphs.py`.
-        batching: ``fixed`` or ``continuous``, see `generate/continuous.py`.
-        decoding: key of `tasks.prompts.DECODING`: the task's own settings, below `settings`.
-        settings: field of `generate.settings.Settings` → value, only those that were named.
-        origins: option → where its value comes from.
-    """
-
-    model: str = "toon"
-    device: str = "auto"
-    dtype: str = "auto"
-    kernel: str = "auto"
-    threads: int | None = None
-    batch_size: int | None = None
-    llm_bits: int | None = None
-    device_map: str | None = None
-    fast: bool = False
-    writes: bool = True
-    draws: bool = True
-    compile: bool = False
-    cuda_graphs: bool = False
-    batching: str = "fixed"
-    decoding: str | None = None
-    local_rank: int = 0
-    settings: dict[str, Any] = field(default_factory=dict)
-    origins: dict[str, str] = field(default_factory=dict)
 
 
 class ModelEngine:
@@ -107,31 +67,32 @@ class ModelEngine:
         self.image_size = config.image_decoder.vae.image_size
         self.input_side = max(self.image_size, config.vision.image_size)
         before = recorded.get("settings", {})
-        self._device = self._resolve_device(before.get("device"))
+        self._device = device_of(self.choices, before.get("device"))
         if self.choices.llm_bits:
             from mmi_engine.weights.quantize import require
 
             require(self.choices.device_map)
         kind = self._device.split(":")[0]
         same = before if before.get("device") == kind else {}
-        dtype = self._resolve_dtype(kind, same.get("dtype"))
+        dtype = dtype_of(self.choices, kind, same.get("dtype"))
         threads = self.choices.threads or before.get("threads") or versions.default_threads()
         self._unit = threads if kind == "cpu" else 1
         known = self.choices.batch_size or before.get("batch_size")
         self.batch_size = known or together(min(rows, max(AUTO_BATCH[kind], self._unit)), self._unit)
         self.undecided = known is None and self.batch_size > 1 and sample is None
-        generation = self._resolve_generation(config)
+        self._settings, self._from_task = generation_of(self.choices, config)
+        generation = {entry.name: getattr(self._settings, entry.name) for entry in fields(self._settings)}
         self.resolved = {
             "device": kind,
             "dtype": dtype,
-            "kernel": self._resolve_kernel(kind, dtype, same.get("kernel")),
+            "kernel": kernel_of(self.choices, kind, dtype, same.get("kernel")),
             "threads": threads,
             "batch_size": self.batch_size,
             **({"llm_bits": self.choices.llm_bits} if self.choices.llm_bits else {}),
             **({"compile": True} if self.choices.compile else {}),
             **({"cuda_graphs": True} if self.choices.cuda_graphs else {}),
             **({"batching": "continuous"} if self._continuous else {}),
-            **generation,
+            **dict(sorted(generation.items())),
         }
         if self.choices.cuda_graphs:
             from mmi_engine.generate.graphs import refuse_elsewhere
@@ -218,80 +179,6 @@ class ModelEngine:
     def _default_of(self, name: str) -> str:
         return "model" if name in self._from_model else "task" if name in self._from_task else "default"
 
-    def _resolve_device(self, before: str | None) -> str:
-        """`before`: of the run that is resumed, taken over where it can be."""
-        import torch
-
-        wanted = self.choices.device
-        if wanted == "auto":
-            if before == "cpu":
-                return before
-            return f"cuda:{self.choices.local_rank}" if torch.cuda.is_available() else "cpu"
-        if wanted == "cpu":
-            return wanted
-        index = int(wanted.partition(":")[2] or 0)
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if index >= count:
-            found = f"{count} CUDA devices" if count else "no CUDA device"
-            raise DeviceError(f"--device {wanted}: {found} here", remedy="use --device cpu or auto; see mmi doctor")
-        return f"cuda:{index}"
-
-    def _resolve_dtype(self, kind: str, before: str | None) -> str:
-        import torch
-
-        if self.choices.dtype != "auto":
-            return self.choices.dtype
-        if before is not None:
-            return before
-        if kind == "cpu":
-            return "fp32"
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
-
-    def _resolve_kernel(self, kind: str, dtype: str, before: str | None) -> str:
-        from mmi_kernels import KernelUnavailable, resolve
-
-        if self.choices.kernel == "auto" and before is not None:
-            with contextlib.suppress(KernelUnavailable):
-                return resolve(before, kind, _torch_dtype(dtype))
-        try:
-            return resolve(self.choices.kernel, kind, _torch_dtype(dtype))
-        except KernelUnavailable as error:
-            raise BackendError(str(error)) from error
-
-    def _resolve_generation(self, config: Any) -> dict[str, Any]:
-        """Every field of Settings with a definite value; also sets `_settings`."""
-        from mmi_engine.generate.settings import Settings
-        from mmi_engine.model_info import family_of
-        from mmi_engine.tasks.prompts import decoding
-
-        defaults, key = config.generation, self.choices.decoding
-        own = decoding(key, family_of(config.name)) if key else {}
-        self._from_task = frozenset(own)
-        named = self.choices.settings
-        if named.get("temperature", 0) > 0 and "beams" not in named:
-            own.pop("beams", None)  # who asks for sampling does not want the task's beams
-        if named.get("beams", 1) > 1 and "temperature" not in named:
-            own.pop("temperature", None)
-        if "max_new_tokens" in named:
-            own["min_new_tokens"] = min(own.get("min_new_tokens", 0), named["max_new_tokens"])
-        elif "min_new_tokens" in named and "max_new_tokens" in own:
-            own["max_new_tokens"] = max(own["max_new_tokens"], named["min_new_tokens"])
-        if named.get("top_p", 1.0) < 1.0 and not (named.get("temperature") or own.get("temperature")):
-            raise UsageError("--top-p needs sampled text", remedy="add --temperature 1")
-        chosen = {
-            **own,
-            "steps": defaults.fast_steps if self.choices.fast else defaults.steps,
-            "guidance": defaults.fast_guidance if self.choices.fast else defaults.guidance,
-            "scheduler": defaults.scheduler,
-            **self.choices.settings,
-        }
-        known = {entry.name for entry in fields(Settings)}
-        unknown = set(chosen) - known
-        if unknown:
-            raise UsageError(f"no setting called {sorted(unknown)[0]}")
-        self._settings = Settings(**chosen)
-        return {name: getattr(self._settings, name) for name in sorted(known)}
-
     def load(self) -> None:
         """Read the weights onto the device; once."""
         if self._model is not None:
@@ -310,7 +197,7 @@ class ModelEngine:
         self._model = load_model(
             self._directory,
             device=self._device,
-            dtype=_torch_dtype(resolved["dtype"]),
+            dtype=torch_dtype(resolved["dtype"]),
             device_map=self.choices.device_map,
             llm_bits=self.choices.llm_bits,
         )
@@ -425,9 +312,3 @@ class ModelEngine:
         if self._clip is None:
             self._clip = ClipScorer(str(job.rank), self._device)
         return list(self._clip.scores(pictures, job.note))
-
-
-def _torch_dtype(name: str) -> Any:
-    import torch
-
-    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]

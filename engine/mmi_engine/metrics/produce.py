@@ -10,10 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from mmi_engine.choices import Choices
 from mmi_engine.data.images import ImageLoader
 from mmi_engine.data.manifest import Manifest
 from mmi_engine.data.maps import Palette
-from mmi_engine.engine import Choices, ModelEngine
+from mmi_engine.engine import ModelEngine
 from mmi_engine.errors import ConfigError
 from mmi_engine.metrics.suite import Part
 from mmi_engine.model_info import family
