@@ -59,10 +59,13 @@ def with_compiler(model: MMInterleaved, backend: Any) -> Iterator[None]:
         model.graphs = None
 
 
-@pytest.mark.parametrize("kernel", ["numba", "torch"])
-def test_the_same_tokens_and_few_compilations(model, kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Greedy, sampled, beams, continuous batching; one to nine rows, none to three images, buffers that grow."""
-    monkeypatch.setattr(fixed, "COLUMNS", 8)
+@pytest.mark.parametrize(("kernel", "columns"), [("numba", 8), ("torch", 8), ("torch", 12)])
+def test_the_same_tokens_and_few_compilations(
+    model, kernel: str, columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Greedy, sampled, beams, continuous batching; one to nine rows, none to three images, buffers that grow. Twelve
+    columns are as many as a head has channels, two rows as many as there are heads."""
+    monkeypatch.setattr(fixed, "COLUMNS", columns)
     ways = [
         Settings(max_new_tokens=12, min_new_tokens=12, repetition_penalty=1.3),
         Settings(max_new_tokens=5, temperature=1.0, top_p=0.9),

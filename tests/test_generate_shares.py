@@ -13,10 +13,10 @@ from test_generate_image import request_of
 from tiny import tiny_model
 from torch import Tensor
 
-from mmi_engine.generate import shares, traced
+from mmi_engine.generate import recorded, shares
 from mmi_engine.generate.image import Denoising, denoise
+from mmi_engine.generate.recorded import Traced
 from mmi_engine.generate.shares import cut, on_threads
-from mmi_engine.generate.traced import Traced
 from mmi_engine.model import packed as packing
 from mmi_engine.model.interleaved import MMInterleaved
 from mmi_engine.model.packed import packed
@@ -150,19 +150,38 @@ def test_recorded_paths_draw_the_same_bits(
     torch.set_num_threads(threads)
     expected = drawn(model, rows, seen)
     assert not recordings(model), "a few steps are not worth one"
-    monkeypatch.setattr(traced, "AFTER", 1)
+    monkeypatch.setattr(recorded, "AFTER", 1)
     for _ in range(2):
         assert torch.equal(drawn(model, rows, seen), expected) and len(recordings(model)) == 1
     other = denoise(model, request_of(rows, [9] * rows, seen), PLAN)
-    monkeypatch.setattr(traced, "_fit", lambda unet: False)
+    monkeypatch.setattr(recorded, "_fit", lambda unet: False)
     assert torch.equal(denoise(model, request_of(rows, [9] * rows, seen), PLAN), other)
+
+
+@needs_layout
+def test_no_more_shapes_are_recorded_than_are_kept(model: MMInterleaved, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recorded, "AFTER", 1)
+    monkeypatch.setattr(recorded, "MOST", 2)
+    for _ in range(2):
+        for rows in (1, 2, 3):
+            drawn(model, rows)
+    assert len(recordings(model)) == 2
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_threads_under_autocast_draw_what_one_draws(model: MMInterleaved, two_threads: None, rows: int) -> None:
+    """As the contact sheets of a training in bf16 are drawn."""
+    with torch.autocast("cpu", torch.bfloat16):
+        found = drawn(model, rows)
+        torch.set_num_threads(1)
+        assert torch.equal(drawn(model, rows), found)
 
 
 @needs_layout
 def test_a_recording_serves_as_long_as_the_weights_are_the_same(
     model: MMInterleaved, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(traced, "AFTER", 1)
+    monkeypatch.setattr(recorded, "AFTER", 1)
     drawn(model)
     first = drawn(model)
     assert recordings(model)
@@ -182,7 +201,7 @@ def test_a_recording_serves_as_long_as_the_weights_are_the_same(
 @needs_layout
 def test_what_cannot_be_recorded_runs_as_ever(model: MMInterleaved, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = drawn(model)
-    monkeypatch.setattr(traced, "AFTER", 1)
+    monkeypatch.setattr(recorded, "AFTER", 1)
 
     def refused(*given: object, **named: object) -> None:
         raise RuntimeError("not to be recorded")

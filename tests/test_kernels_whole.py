@@ -9,7 +9,7 @@ import torch
 from kernel_cases import CASES, KernelCase, draw, precise, run
 from torch import Tensor
 
-from mmi_kernels import mmfs_attention, numba_attention
+from mmi_kernels import mmfs_attention, numba_attention, numba_cpu
 
 WHOLE = [name for name, case in CASES.items() if case.mode != "sample"]
 
@@ -235,13 +235,28 @@ def test_one_row_of_visibility_serves_all_sequences() -> None:
     assert torch.equal(run(case, given, "numba"), run(case, alike, "numba"))
 
 
+@pytest.fixture
+def no_plans() -> Iterator[None]:
+    """What shapes decide is worked out in the test, and not kept after it."""
+    for when in ("before", "after"):
+        numba_cpu.plan_of.cache_clear()
+        numba_attention._form.cache_clear()
+        if when == "before":
+            yield
+
+
+@pytest.mark.usefixtures("no_plans")
 def test_maps_in_bands_give_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     """Bands of one level each, several queries at a time, some images hidden."""
     monkeypatch.setattr("mmi_kernels.numba_cpu.BAND", 1)
     monkeypatch.setattr("mmi_kernels.numba_attention.LINGERS", 0)
+    made: list[int] = []
+    bands = numba_cpu._bands
+    monkeypatch.setattr(numba_cpu, "_bands", lambda *given: made.append(len(given[-1]) - 1) or bands(*given))
     case = KernelCase("mmfs", 2, 150, 3, 32, 9, ((8, 8), (4, 4)), 4, "some", token=True)
     given = draw(case, torch.float32)
     found, truth = run(case, given, "numba"), run(case, precise(given))
+    assert max(made) > 1, "no map was cut"
     assert (found.double() - truth).abs().max() / truth.abs().max() < 3e-6
     monkeypatch.setattr("mmi_kernels.numba_attention.TILE", 100)
     assert torch.equal(run(case, given, "numba"), found)

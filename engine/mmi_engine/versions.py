@@ -85,15 +85,18 @@ def physical_cores() -> int:
     return max(1, len(cores))
 
 
+MOST_THREADS = 1024
+
+
 def default_threads() -> int:
     """Threads of a CPU where the user names none: OMP_NUM_THREADS where it is set, else the physical cores."""
     return _said_threads() or physical_cores()
 
 
 def _said_threads() -> int:
-    """What OMP_NUM_THREADS says of the outermost team, 0 where that is no number above 0."""
+    """What OMP_NUM_THREADS says of the outermost team, at most what ``--threads`` takes; 0 where it is no number."""
     outermost = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
-    return int(outermost) if outermost.isdecimal() else 0
+    return min(int(outermost), MOST_THREADS) if outermost.isdecimal() else 0
 
 
 def free_memory_bytes() -> int | None:

@@ -271,4 +271,4 @@ def less16(typing_context: Any, left: Any, right: Any) -> Any:
 load4, store4 = _load_store(ir.VectorType(_FLOAT, _QUAD), Block(_QUAD))
 add4 = operations(_QUAD).add
 load_float, store_float = _load_store(_FLOAT, types.float32)
-load_int, store_int = _load_store(_INT, types.int32)
+load_int, _ = _load_store(_INT, types.int32)

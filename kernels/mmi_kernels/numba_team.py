@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import threading
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ _SYMBOLS = {"omp_get_thread_num": "mmi_omp_thread", "omp_get_num_threads": "mmi_
 """Names under which compiled code finds functions of that library, which others that are loaded may have, too."""
 _thread = types.ExternalFunction("mmi_omp_thread", types.int32())
 _threads = types.ExternalFunction("mmi_omp_threads", types.int32())
+_first = threading.Lock()
 _gone = False
 
 
@@ -90,7 +92,7 @@ def _backward(data):
 
 def _attend(data):
     """One thread's share of `attend_lanes`."""
-    a = carray(data, 16)
+    a = carray(data, 5)
     thread, threads = _thread(), _threads()
     size = a[4]
     first, last = size * thread // threads, size * (thread + 1) // threads
@@ -115,7 +117,9 @@ def _run(function: Any, numbers: tuple[int, ...], threads: int) -> None:
     library = _library()
     assert library is not None
     data = np.array(numbers, np.int64)
-    library.GOMP_parallel(_compiled(function).address, data.ctypes.data, threads, 0)
+    with _first:  # two of Python's threads may come at once, and a name is made once
+        share = _compiled(function)
+    library.GOMP_parallel(share.address, data.ctypes.data, threads, 0)
 
 
 def forward(call: tuple[Any, ...], lanes: int, queries: int, by_query: bool, threads: int) -> None:

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
+from torch.fx.experimental import _config as _fx
 
 from mmi_engine.errors import BackendError, is_out_of_memory
 from mmi_engine.generate.fixed import token
@@ -49,7 +50,9 @@ class CompiledToken:
     def __call__(self, *arguments: Any) -> Tensor:
         """See `fixed.token`."""
         try:
-            logits: Tensor = self._call(*arguments)
+            # Sizes that happen to be equal (rows and heads, say) are not the same size for all shapes to come.
+            with _fx.patch(use_duck_shape=False):
+                logits: Tensor = self._call(*arguments)
         except TorchDynamoException as error:
             raise _refusal("the language model's step", error) from error
         return logits

@@ -17,7 +17,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from mmi_engine.generate.traced import traced
+from mmi_engine.generate.recorded import traced
 from mmi_engine.model.config import LAID_OUT_TWICE
 from mmi_engine.model.unet import ImageVision, MMFSUNet, Paths, text_keys, text_once
 
@@ -95,8 +95,11 @@ def predicting(
 
 
 def _threads(unet: MMFSUNet) -> int:
-    """How many threads there are for shares: one where a share would gain nothing."""
+    """How many threads there are for shares: one where a share would gain nothing, and under autocast, which holds for
+    one thread alone."""
     weights = list(unet.parameters())
+    if torch.is_autocast_enabled("cpu"):
+        return 1
     small = sum(weight.numel() * weight.element_size() for weight in weights) <= LAID_OUT_TWICE
     return torch.get_num_threads() if small and weights[0].device.type == "cpu" and not unet.compiled else 1
 

@@ -21,7 +21,7 @@ from mmi_engine.model.packed import Packed, PackedConv2d
 from mmi_engine.model.unet import MMFSUNet, TextKeys, text_once
 
 AFTER = 32
-"""Steps of a shape that are made without: about what a recording costs more than it saves in one."""
+"""Steps of a shape before it is recorded: what a recording costs, divided by what it saves in a step."""
 MOST = 16
 """Recordings that are kept of one model."""
 
@@ -106,8 +106,9 @@ def traced(unet: MMFSUNet, latents: Tensor, context: Tensor, keys: TextKeys, ste
     shape = (tuple(latents.shape), tuple(context.shape), torch.get_num_threads())
     found = known.get(shape, 0)
     if isinstance(found, int):
-        known[shape] = found + steps
-        if found < AFTER or len(known) > MOST:
+        full = sum(isinstance(one, Traced) for one in known.values()) >= MOST
+        known[shape] = 0 if full else found + steps
+        if full or found < AFTER:
             return None
         known[shape] = found = _try(unet, latents, context, keys)
     return found
