@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import emulator
 import pytest
 import torch
 from command_data import make_data
@@ -23,7 +24,6 @@ from mmi_engine.generate.settings import Settings
 from mmi_engine.generate.text import generate_text
 from mmi_engine.model.interleaved import MMInterleaved
 from mmi_kernels import fused, op
-from tests import emulator
 from tests.test_generate_continuous import SETTINGS, items
 from tests.test_generate_graphs import CLOSE, ROWS, continued
 from tests.test_generate_text import prompt_of
