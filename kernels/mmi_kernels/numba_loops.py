@@ -160,10 +160,13 @@ def band_of(bands, i):
 
 
 @part
-def pack_band(maps, stride, packed, wide, first, positions):
-    """Copies a band's maps together; returns where position 0 of the row would be."""
-    copy(maps + first * stride, stride, packed, wide, positions, wide // 4)
-    return packed - first * wide
+def band_maps(maps, stride, pack, packed, wide, first, positions):
+    """(where position 0 of the row is, bytes from one position to the next) of a band's maps, `wide` bytes a position,
+    which are copied together to `packed` first if `pack`."""
+    if pack:
+        copy(maps + first * stride, stride, packed, wide, positions, wide // 4)
+        return packed - first * wide, wide
+    return maps, stride
 
 
 @compiled
@@ -190,10 +193,8 @@ def sample_lanes(value, tensors, sizes, group, pack, bands, first, last, first_q
             heads_of, queries_of, later = (start, stop), (first_query, last_query), scratch_at + ROWS * ROW
             for i in range(count):
                 before, some, place, places, slots, columns = band_of(bands_at, i)
-                maps, stride = value + 4 * (n * positions * heads + start) * dim, 4 * heads * dim
-                if pack:
-                    wide = 4 * (stop - start) * dim
-                    maps, stride = pack_band(maps, stride, packed_at, wide, place, places), wide
+                at, wide = value + 4 * (n * positions * heads + start) * dim, 4 * (stop - start) * dim
+                maps, stride = band_maps(at, 4 * heads * dim, pack, packed_at, wide, place, places)
                 layout = (queries, heads, samples, before, 2 if count > 1 else int(stop - start < heads))
                 band = (some, slots, columns)
                 fresh = i == 0

@@ -19,7 +19,7 @@ import numpy as np
 from numba import carray
 from numba.np.unsafe.ndarray import to_fixed_tuple
 
-from mmi_kernels.numba_loops import band_of, compiled, pack_band, sweep
+from mmi_kernels.numba_loops import band_maps, band_of, compiled, sweep
 from mmi_kernels.numba_samples import CHUNK, ROW, ROWS, copy, part, pointer
 from mmi_kernels.numba_simd import (
     divided16,
@@ -338,10 +338,8 @@ def attend_lanes(fields, first, last, first_query, last_query):
                 _statistics(a, n, (start, stop), (first_query, last_query), row_at, known_at)
             for i in range(bands):
                 before, some, place, places, slots, columns = band_of(a[_BANDS], i)
-                maps, stride = a[_VALUE] + 4 * (source * positions * heads + start) * dim, 4 * heads * dim
-                if pack:
-                    wide = 4 * (stop - start) * dim
-                    maps, stride = pack_band(maps, stride, packed_at, wide, place, places), wide
+                at, wide = a[_VALUE] + 4 * (source * positions * heads + start) * dim, 4 * (stop - start) * dim
+                maps, stride = band_maps(at, 4 * heads * dim, pack, packed_at, wide, place, places)
                 levels_of = (before // points, (before + some) // points)
                 for q in range(first_query, last_query, tile):
                     until = min(q + tile, last_query)
