@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from mmi_engine.metrics.base import Options
+from mmi_engine.metrics.rec import iou
+from mmi_engine.metrics.toonworld import Toon, Truth
 from mmi_engine.toon import score
 from mmi_engine.toon.canvas import Canvas
 from mmi_engine.toon.draw import render, semantic_map
@@ -64,49 +69,72 @@ def test_the_map_and_the_box_are_read_back() -> None:
         assert (read_map(image, reading) == labels).mean() > 0.97
         true = box_of(labels, *BODY_CLASSES)
         assert reading.box is not None and true is not None
-        assert score.iou(reading.box, true) > 0.9
+        assert iou(reading.box, true) > 0.9
+
+
+@dataclass
+class Drawn:
+    """A result's picture that is in memory."""
+
+    image: Image.Image
+
+    def load(self) -> Image.Image:
+        """See `Source.load`."""
+        return self.image
+
+
+def _figures(references: list[Truth], made: list[Any]) -> dict[str, Any]:
+    """Measure → value of the metric ``toon``; ``notes``."""
+    scores = Toon(Options()).score(references, made)
+    return {**{measure.name: measure.value for measure in scores.measures}, "notes": scores.notes}
 
 
 def test_a_wrong_picture_gets_a_poor_map() -> None:
     one, other = sample_scene(1, "val"), sample_scene(2, "val")
-    assert score.score_maps([(render(one), semantic_map(one))])["miou"] > 0.9
-    assert score.score_maps([(render(other), semantic_map(one))])["miou"] < 0.5
+    reference = [Truth("segmentation", [one], {}, labels=semantic_map(one))]
+    assert _figures(reference, [[Drawn(render(one))]])["mIoU"] > 0.9
+    assert _figures(reference, [[Drawn(render(other))]])["mIoU"] < 0.5
+    assert _figures(reference, [None])["mIoU"] == 0.0
 
 
-def test_story_figures_count_generated_frames_only() -> None:
+def test_story_figures() -> None:
     story = sample_story(0, "test")
-    pictures: list[Image.Image | None] = [render(scene) for scene in story.scenes]
-    given = [True, False, False, False, False]
-    perfect = score.score_stories([(pictures, story.scenes, given)])
-    assert perfect["all"].right == perfect["all"].total == 4
-    assert perfect["unstated"].total == 16
-    pictures[4] = None
+    reference = [Truth("frames", list(story.scenes[1:]), {}, given=story.scenes[0])]
+    pictures = [Drawn(render(scene)) for scene in story.scenes[1:]]
+    perfect = _figures(reference, [pictures])
+    assert perfect["all of a frame"] == perfect["unstated attributes"] == 100.0
     changed = Scene.from_meta({**story.scenes[3].to_meta(), "number": 11 if story.scenes[3].number != 11 else 12})
-    pictures[3] = render(changed)
-    damaged = score.score_stories([(pictures, story.scenes, given)])
-    assert damaged["number"].right == 2 and damaged["number"].unreadable == 1
-    assert damaged["place"].right == 3 and damaged["character"].right == 3
-    assert damaged["unstated"].right == 16 - 4 - 1
+    damaged = _figures(
+        reference, [[*pictures[:2], Drawn(render(changed)), Drawn(Image.new("RGB", (128, 128), "grey"))]]
+    )
+    assert damaged["number"] == 50.0 and "number 25%" in damaged["notes"][0]
+    assert damaged["place"] == damaged["character"] == 75.0
+    assert damaged["unstated attributes"] == 100.0 * (16 - 4 - 1) / 16
+    assert damaged["all of a frame"] == damaged["all unstated of a frame"] == 50.0
 
 
 def test_caption_figures() -> None:
     scenes = [sample_scene(i, "test") for i in range(10)]
     said = [caption(scene, random.Random(0)) for scene in scenes]
-    assert score.score_captions(zip(said, scenes, strict=True))["all"].share == 1.0
-    wrong = score.score_captions([(said[0].replace(scenes[0].character, "Zork"), scenes[0])])
-    assert wrong["all"].right == 0 and wrong["character"].unreadable == 1 and wrong["place"].right == 1
+    assert _figures([Truth("captions", [scene], {}) for scene in scenes], said)["every stated attribute"] == 100.0
+    wrong = _figures([Truth("captions", scenes[:1], {})], [said[0].replace(scenes[0].character, "Zork")])
+    assert wrong["every stated attribute"] == wrong["character"] == 0.0 and wrong["place"] == 100.0
 
 
-def test_answers_boxes_and_baselines() -> None:
-    vqa = score.score_vqa([("Red.", "red", "colour"), ("no", "yes", "yesno"), ("yes", "yes", "yesno")])
-    assert (vqa["all"].right, vqa["yesno"].right, vqa["yesno"].majority) == (2, 1, 1.0)
-    ground = score.score_ground(
-        [("(000,000)(500,500)", (0, 0, 64, 64)), ("here", (0, 0, 64, 64)), ([0, 0, 9, 9], (64, 64, 99, 99))]
-    )
-    assert (ground["all"].right, ground["all"].total, ground["all"].unreadable) == (1, 3, 1)
-    assert score.iou((0, 0, 300, 300), (100, 0, 400, 300)) == pytest.approx(0.5)
-    t2i = score.score_t2i([(render(sample_scene(4, "test")), "A picture.", sample_scene(4, "test"))])
-    assert set(t2i) == {"all"}
+def test_answers_boxes_and_a_text_that_tells_nothing() -> None:
+    asked = [("colour", "red"), ("yesno", "yes"), ("yesno", "yes")]
+    rows = [{"question": "?", "answers": [answer], "meta": {"kind": kind}} for kind, answer in asked]
+    answers = Toon(Options()).score([Truth("question", [], row) for row in rows], ["Red.", "no", "yes"])
+    values = {measure.name: measure for measure in answers.measures}
+    assert values["exact answer"].value == pytest.approx(200 / 3) and values["yesno"].value == 50.0
+    assert values["yesno"].baselines["majority"] == 100.0
+    truths = [(0, 0, 64, 64), (0, 0, 64, 64), (64, 64, 99, 99)]
+    boxes = [Truth("expression", [], {"expression": "the sun", "box": list(box)}) for box in truths]
+    assert _figures(boxes, [(0, 0, 64, 64), (), (0, 0, 9, 9)])["IoU > 0.5"] == pytest.approx(100 / 3)
+    assert iou((0, 0, 300, 300), (100, 0, 400, 300)) == pytest.approx(0.5)
+    scene = sample_scene(4, "test")
+    nothing = _figures([Truth("prompt", [scene], {"prompt": "A picture."})], [[Drawn(render(scene))]])
+    assert set(nothing) == {"notes"}
 
 
 def test_the_interval_is_wilsons() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mmi_engine.tasks.ground import parse_box
 from mmi_engine.toon import texts, tokenizer
 from mmi_engine.toon.draw import semantic_map
 from mmi_engine.toon.palette import ID
@@ -86,10 +87,11 @@ def test_box_text_and_back() -> None:
     rng = np.random.default_rng(0)
     for _ in range(50):
         box = tuple(float(v) for v in rng.uniform(0, 127.8, 4))
-        back = texts.parse_box("Answer: " + texts.box_text(box) + "</box>")
+        ordered = (*np.minimum(box[:2], box[2:]), *np.maximum(box[:2], box[2:]))
+        back = parse_box("Answer: " + texts.box_text(ordered) + "</box>")
         assert back is not None
-        assert np.abs(np.subtract(back, box)).max() <= 0.5 * 128 / 1000 + 1e-9
-    assert texts.parse_box("no box (12,3)") is None
+        assert np.abs(np.multiply(back, 128 / 1000) - ordered).max() <= 0.5 * 128 / 1000 + 1e-9
+    assert parse_box("no box (12,3)") is None
 
 
 def test_the_tokenizer_has_the_released_layout() -> None:

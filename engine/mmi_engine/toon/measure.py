@@ -1,4 +1,4 @@
-"""The toon suite's own parts: drawing its test items, and a sheet of its stories.
+"""The toon suite's own part: drawing its test items.
 
 Place in the flow: `mmi eval --suite toon` draws rows with `draw`, generates and scores them like any suite
 (`mmi_engine.metrics`). Items are the first ones of the test split, none chosen; every item has its default seed, steps,
@@ -9,8 +9,6 @@ each after the generated ones before.
 from __future__ import annotations
 
 from pathlib import Path
-
-from PIL import Image
 
 from mmi_engine.toon.dataset import MANIFESTS, make_dataset
 
@@ -30,13 +28,3 @@ def draw(folder: Path, task: str, count: int, start: int = 0) -> Path:
     scenes = -(-count // PER_SCENE.get(task, 1))
     make_dataset(folder / task, "test", scenes, start, tasks=(task,))
     return folder / task / MANIFESTS[task]
-
-
-def contact_sheet(stories: list[list[Image.Image]], columns: int = 5, rows: int = 8) -> Image.Image:
-    """The first ``rows`` stories, one below the other; the first picture of each is the given one."""
-    side = stories[0][0].width
-    sheet = Image.new("RGB", (columns * side, min(rows, len(stories)) * side), "white")
-    for y, story in enumerate(stories[:rows]):
-        for x, picture in enumerate(story[:columns]):
-            sheet.paste(picture, (x * side, y * side))
-    return sheet

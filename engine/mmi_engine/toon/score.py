@@ -1,7 +1,7 @@
-"""From readings to figures: how often a model's pictures and sentences agree with the truth.
+"""The attributes that figures are about, their truth, and how often the oracle reads them right.
 
-Place in the flow: the last step of an evaluation on the embedded world. Pictures go through `oracle.read`, sentences
-through `texts.parse_text`; truth is the Scene in a row's meta. "unreadable" counts as wrong. Every Figure carries its
+Place in the flow: `validate` counts here how well the oracle reads; a model's results are scored by the metric ``toon``
+(`mmi_engine.metrics.toonworld`) over the same attributes. "unreadable" counts as wrong. Every Figure carries its
 counts, and beside it chance (a uniform guess) and majority (the most frequent true answer, always given).
 """
 
@@ -14,13 +14,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from PIL import Image
 
 from mmi_engine.toon import oracle
-from mmi_engine.toon.palette import CLASSES
 from mmi_engine.toon.sight import UNREADABLE
-from mmi_engine.toon.texts import parse_box, parse_text
 from mmi_engine.toon.world import ACTIONS, CHARACTERS, HATS, PLACES, PROP_COLORS, PROPS, SHIRTS, SIDES, Scene
 
 UNSTATED = ("shirt", "number", "hat", "sun")
@@ -123,121 +120,7 @@ def score_pictures(items: Iterable[tuple[Image.Image | None, Scene, Sequence[str
     return figures
 
 
-def score_t2i(items: Iterable[tuple[Image.Image | None, str, Scene]]) -> dict[str, Figure]:
-    """Figures over (picture, prompt, true scene): the attributes that the prompt states, read off the picture."""
-    return score_pictures((image, scene, _stated(prompt)) for image, prompt, scene in items)
-
-
-def _stated(text: str) -> tuple[str, ...]:
-    said = parse_text(text)
-    return tuple(name for name in CHOICES if name in said and (name != "props" or said["props"]))
-
-
-def score_stories(
-    items: Iterable[tuple[Sequence[Image.Image | None], Sequence[Scene], Sequence[bool]]],
-) -> dict[str, Figure]:
-    """Figures over the generated frames of stories: (pictures, true scenes, which frames were given).
-
-    Returns:
-        "place", "character", "action", "props" (told by the frame's text), "shirt", "number", "hat", "sun" (told by no
-        text), "unstated": share of all (frame, unstated attribute) pairs kept, "unstated_all": frames with all four
-        kept, and "all".
-    """
-    tallies = _tallies((*STATED, *UNSTATED))
-    kept, frames = Counter[str](), 0
-    for pictures, scenes, given in items:
-        for image, scene, was_given in zip(pictures, scenes, given, strict=True):
-            if was_given:
-                continue
-            frames += 1
-            said = oracle.read(image).attributes() if image is not None else {}
-            true = truth(scene)
-            right = {name: tally.add(true[name], said.get(name, UNREADABLE)) for name, tally in tallies.items()}
-            kept["unstated"] += sum(right[name] for name in UNSTATED)
-            kept["unstated_all"] += all(right[name] for name in UNSTATED)
-            kept["all"] += all(right.values())
-    figures = {name: tally.figure() for name, tally in tallies.items()}
-    lost = sum(figures[name].unreadable for name in UNSTATED)
-    chance = sum(1 / CHOICES[name] for name in UNSTATED) / len(UNSTATED)
-    majority = sum(figures[name].majority or 0.0 for name in UNSTATED) / len(UNSTATED) if frames else None
-    figures["unstated"] = Figure(kept["unstated"], frames * len(UNSTATED), lost, chance, majority)
-    figures["unstated_all"] = Figure(kept["unstated_all"], frames)
-    figures["all"] = Figure(kept["all"], frames)
-    return figures
-
-
-def score_captions(items: Iterable[tuple[str, Scene]]) -> dict[str, Figure]:
-    """Figures over (generated caption, true scene): character, place, action and props must be stated and right, and
-    whatever else is stated must be right too; "all" is the share of captions of which every statement holds."""
-    tallies, whole = _tallies(CHOICES), _Tally()
-    for text, scene in items:
-        said, true = parse_text(text), truth(scene)
-        asked = [name for name in CHOICES if name in STATED or name in said]
-        right = [tallies[name].add(true[name], said.get(name, UNREADABLE)) for name in asked]
-        whole.add(True, all(right))
-    figures = {name: tally.figure() for name, tally in tallies.items() if tally.truths}
-    figures["all"] = Figure(whole.right, whole.truths.total())
-    return figures
-
-
 def normal_answer(text: str) -> str:
     """An answer in lower case without punctuation around it and without a leading article."""
     low = " ".join(re.sub(r"[^\w\s]", " ", text.lower()).split())
     return re.sub(r"^(a|an|the) ", "", low)
-
-
-def score_vqa(items: Iterable[tuple[str, str, str]]) -> dict[str, Figure]:
-    """Figures over (answer, true answer, kind): exact match after normalisation, per kind and "all"."""
-    tallies: dict[str, _Tally] = {}
-    for said, true, kind in items:
-        for name in (kind, "all"):
-            tallies.setdefault(name, _Tally()).add(normal_answer(true), normal_answer(said))
-    return {name: tally.figure() for name, tally in tallies.items()}
-
-
-def iou(a: Sequence[float], b: Sequence[float]) -> float:
-    """Intersection over union of two boxes xyxy (any unit); 0 for empty boxes."""
-    width = max(0.0, min(a[2], b[2]) - max(a[0], b[0]))
-    height = max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
-    areas = [max(0.0, c[2] - c[0]) * max(0.0, c[3] - c[1]) for c in (a, b)]
-    union = sum(areas) - width * height
-    return width * height / union if union > 0 else 0.0
-
-
-def score_ground(items: Iterable[tuple[str | Sequence[float] | None, Sequence[float]]]) -> dict[str, Figure]:
-    """Figures over (generated text or box xyxy px, true box xyxy px): hit where IoU > 0.5; unreadable: no box."""
-    right = total = lost = 0
-    for said, true in items:
-        box = parse_box(said) if isinstance(said, str) else said
-        total += 1
-        lost += box is None
-        right += box is not None and iou(box, true) > 0.5
-    return {"all": Figure(right, total, lost)}
-
-
-def score_maps(items: Iterable[tuple[Image.Image | None, np.ndarray]]) -> dict[str, Any]:
-    """Mean IoU of the maps that the oracle reads off pictures, against the true maps (uint8 [128, 128]).
-
-    Counts are summed over all items; the mean is over the classes present in the truth, class 0 left out.
-
-    Returns:
-        "miou" (0..1), "classes": IoU by class name, "items": how many.
-    """
-    size = len(CLASSES)
-    table = np.zeros((size, size), np.int64)  # [true, read]
-    count = 0
-    for image, labels in items:
-        count += 1
-        read = oracle.read_map(image) if image is not None else np.zeros_like(labels)
-        table += np.bincount(labels.astype(np.int64).ravel() * size + read.ravel(), minlength=size * size).reshape(
-            size, size
-        )
-    both = np.diag(table)
-    union = table.sum(axis=0) + table.sum(axis=1) - both
-    present = [k for k in range(1, size) if table[k].sum()]
-    by_class = {CLASSES[k]: float(both[k] / union[k]) for k in present}
-    return {
-        "miou": float(np.mean(list(by_class.values()))) if by_class else math.nan,
-        "classes": by_class,
-        "items": count,
-    }

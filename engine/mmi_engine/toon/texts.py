@@ -153,7 +153,8 @@ def _colour(scene: Scene, rng: random.Random) -> Question:
     return rng.choice((f"What colour is the {name}?", f"Which colour has the {name}?")), color, "colour"
 
 
-def _count(scene: Scene, rng: random.Random) -> Question:
+def count_question(scene: Scene, rng: random.Random) -> Question:
+    """How many things are near the character, or how many of a colour."""
     if rng.random() < 0.5:
         return f"How many things are near {scene.character}?", str(len(scene.props)), "count"
     color = rng.choice(PROP_COLORS)
@@ -200,7 +201,8 @@ def _yes(value: bool) -> str:
     return "yes" if value else "no"
 
 
-def _yesno(scene: Scene, rng: random.Random) -> Question:
+def yesno_question(scene: Scene, rng: random.Random) -> Question:
+    """A question about action, place, things, character or hat whose answer is yes or no, equally often."""
     true = rng.random() < 0.5
     kinds = [p.kind for p in scene.props]
     topic = rng.choice(("action", "place", "prop", "who", "hat"))
@@ -243,7 +245,7 @@ def questions(scene: Scene, rng: random.Random, labels: np.ndarray | None = None
         from mmi_engine.toon.draw import semantic_map
 
         labels = semantic_map(scene)
-    plain = [ask(scene, rng) for ask in (_colour, _count, _position, _number, _yesno, _what)]
+    plain = [ask(scene, rng) for ask in (_colour, count_question, _position, _number, yesno_question, _what)]
     return [*plain[:4], _larger(scene, rng, labels), *plain[4:]]
 
 
@@ -275,12 +277,3 @@ def parse_text(text: str) -> dict[str, Any]:
     kinds, colors = "|".join(PROPS), "|".join(PROP_COLORS)
     found["props"] = tuple(sorted(re.findall(rf"\b(?:{colors}) (?:{kinds})\b", low)))
     return found
-
-
-def parse_box(text: str, size: int = SIZE) -> tuple[float, float, float, float] | None:
-    """The first box written "(x1,y1)(x2,y2)" in a text, as px xyxy; None if there is none."""
-    match = re.search(r"\(\s*(\d{1,3})\s*,\s*(\d{1,3})\s*\)\s*\(\s*(\d{1,3})\s*,\s*(\d{1,3})\s*\)", text)
-    if match is None:
-        return None
-    x1, y1, x2, y2 = (int(v) * size / 1000 for v in match.groups())
-    return x1, y1, x2, y2

@@ -11,7 +11,7 @@ import random
 from types import SimpleNamespace
 from typing import Any
 
-from mmi_engine.toon.texts import _count, _yesno, parse_text
+from mmi_engine.toon.texts import count_question, parse_text, yesno_question
 
 QUESTIONS = 6
 
@@ -34,7 +34,7 @@ def quiz(caption: str, rng: random.Random) -> list[tuple[str, str]]:
     while len(asked) < QUESTIONS:
         chance = rng.random()
         if chance < 0.7:
-            question, answer, _ = _yesno(scene, rng)
+            question, answer, _ = yesno_question(scene, rng)
         elif chance < 0.85:
             bound = max(10, min(99, scene.number + rng.choice((-20, -8, 8, 20))))
             question, answer = (
@@ -42,6 +42,6 @@ def quiz(caption: str, rng: random.Random) -> list[tuple[str, str]]:
                 "yes" if scene.number > bound else "no",
             )
         else:
-            question, answer, _ = _count(scene, rng)
+            question, answer, _ = count_question(scene, rng)
         asked.setdefault(question, answer)
     return list(asked.items())
