@@ -247,8 +247,11 @@ def test_ctrl_c_finishes_the_batch_and_the_same_command_resumes(tmp_path, manife
     assert 0 < done < 40 and done % 2 == 0  # whole batches
     assert not (out / ".mmi").exists()
     assert json.loads((out / "run.json").read_text())["parts"]["1-of-1"]["state"] == "interrupted"
+    page = (out / "index.html").read_text()  # of what there is
+    assert page.count("<section") == done and all(f"{row['id']}/00.png" in page for row in rows(out))
     assert main(["story", str(manifest), "--out", str(out)]) == 0
     assert len(rows(out)) == 40
+    assert (out / "index.html").read_text().count("<section") == 40
 
 
 def test_a_second_run_on_a_busy_directory_is_refused_at_once(tmp_path, manifest, engine, capsys):

@@ -186,8 +186,12 @@ def test_stop_on_the_first_error_and_go_on_later(tmp_path):
     )
     with pytest.raises(StoppedError, match="m.jsonl:3"):
         go(manifest, tmp_path / "out", stop_on_error=True)
-    assert len(lines(tmp_path / "out/results.jsonl")) <= 2
+    done = lines(tmp_path / "out/results.jsonl")
+    assert len(done) <= 2
+    page = (tmp_path / "out/index.html").read_text()
+    assert all(f"{row['id']}/01.png" in page for row in done) and "t0/00.png" not in page
     assert go(manifest, tmp_path / "out").done == 11
+    assert "t8/00.png" in (tmp_path / "out/index.html").read_text()
 
 
 def test_errors_are_kept_on_resume_and_retried_on_request(tmp_path):

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from mmi_engine.copies import sweep_copies, write_copies
-from mmi_engine.disk import flush, flush_folder, os_errors, write_file
+from mmi_engine.disk import flush, os_errors, write_file, write_pictures
 from mmi_engine.errors import OutputError, OutputMismatchError
 from mmi_engine.locks import STATE_DIR, Part, PartLock, guard, live_parts, settle
 from mmi_engine.rows import RowIndex, differences, encode, media_of, parse
@@ -224,11 +224,7 @@ class OutputDir:
             self._append(RESULTS, row)
 
     def _write_media(self, item: str, media: dict[str, Image.Image]) -> None:
-        """Each under a temporary name, then renamed; on return they are on the disk.
-
-        Nothing needs to be flushed earlier, as without a row the pictures are made again, and flushing once behind all
-        renames takes a third of the time.
-        """
+        """On return the pictures are on the disk, and known as half an item until its row is there."""
         for name in self._foreign.intersection(media):
             if (self.directory / name).exists():
                 raise OutputMismatchError(
@@ -236,22 +232,7 @@ class OutputDir:
                     remedy="move it away or choose another --out; the same command then goes on",
                 )
         self._pending.write_bytes(json.dumps({"id": item, "media": sorted(media)}).encode() + b"\n")
-        with contextlib.ExitStack() as stack:
-            drafts = []
-            for number, image in enumerate(media.values()):
-                draft = self._scratch / f"{number}.png"
-                stream = stack.enter_context(draft.open("wb"))
-                image.save(stream, format="PNG")
-                drafts.append((draft, stream))
-            for (draft, stream), name in zip(drafts, media, strict=True):
-                target = self.directory / name
-                target.parent.mkdir(parents=True, exist_ok=True)
-                stream.flush()
-                draft.replace(target)
-            for _, stream in drafts:
-                flush(stream)
-            for folder in {self.directory, *((self.directory / name).parent for name in media)}:
-                flush_folder(folder)
+        write_pictures(self.directory, self._scratch, media)
 
     def fail(self, row: dict[str, Any]) -> None:
         """Append a row to the errors."""

@@ -124,6 +124,8 @@ class _Worker:
             self._record(state)
         if isinstance(self.out, StreamOut):
             self.out.flush_rest()
+        if state != "finished" and self.options.part.whole:  # what there is can be looked at before the run goes on
+            self.out.consolidate(self.order, self._write_gallery, ())
         if interrupted:
             again = "run the same command again to resume" if self.directory else "nothing is kept with --out -"
             new = self.summary.new
