@@ -20,7 +20,6 @@ import torch
 import torch.nn.functional as F
 from accelerate import PartialState
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from mmi_engine.errors import ConfigError
 from mmi_engine.model.image_decoder import ImageDecoder, resampled_context
@@ -28,8 +27,9 @@ from mmi_engine.model.interleaved import MMInterleaved, previous_images
 from mmi_engine.runtime import no_collection
 from mmi_engine.sequence import decoder_visibility, image_contexts
 from mmi_engine.train.cache import Cache
-from mmi_engine.train.interleaved import DTYPES, InterleavedTask, redraw
+from mmi_engine.train.interleaved import InterleavedTask, redraw
 from mmi_engine.train.loader import stream
+from mmi_engine.train.precision import DTYPES, run_in
 from mmi_engine.train.recipe import Recipe
 from mmi_engine.train.words import TokenWords, word_loss
 
@@ -213,12 +213,7 @@ class _Loss(nn.Module):
         inputs = (hidden, mask, list(features), visible, latents)
         weights_of_cells = cells if cells.numel() else None
         arguments = (*inputs, self.noise_repeats, self.seeing, self.draw, self.shift, weights_of_cells)
-        if self.dtype == torch.float32:
-            loss, tokens = self.decoder(*arguments)
-        else:
-            weights = {**dict(self.decoder.named_parameters()), **dict(self.decoder.named_buffers())}
-            cast = {n: w.to(self.dtype) if w.is_floating_point() else w for n, w in weights.items()}
-            loss, tokens = functional_call(self.decoder, cast, arguments)
+        loss, tokens = run_in(self.dtype, self.decoder, *arguments)
         return (loss, *self.words(tokens, hidden, mask, told)) if self.words else (loss,)
 
 

@@ -19,7 +19,6 @@ import torch
 from accelerate import PartialState
 from PIL import Image
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from mmi_engine.errors import ConfigError
 from mmi_engine.model.checkpoint import save_model
@@ -32,12 +31,11 @@ from mmi_engine.toon.tokenizer import VOCABULARY
 from mmi_engine.train import foundation
 from mmi_engine.train.cache import FRAMES, Cache
 from mmi_engine.train.data import Batch, Mixture, describe
+from mmi_engine.train.precision import DTYPES, run_in
 from mmi_engine.train.recipe import Recipe
 from mmi_engine.train.vae import load_codec, to_float
 from mmi_engine.train.words import MapWords, TokenWords, word_loss
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "bf16-pure": torch.bfloat16}
-"""In which the weights enter the model; ``bf16`` leaves the casting to autocast."""
 PREVIEW_STORIES = 3
 LATENT_ERROR = 0.1
 """Standard deviation of the noise on scaled latents that stands for errors of sampling."""
@@ -83,13 +81,9 @@ class InterleavedObjective(nn.Module):
         inputs = redraw(self.model, batch.inputs, self.redrawn) if self.redrawn and self.training else batch.inputs
         if not self.draw:
             inputs = replace(inputs, latents=None)
-        if self.dtype == torch.float32:
-            output = self.model(inputs, noise_repeats=self.noise_repeats)
-        else:
-            weights = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
-            cast = {n: w.to(self.dtype) if w.is_floating_point() else w for n, w in weights.items()}
+        if self.dtype != torch.float32:
             inputs = replace(inputs, images=inputs.images.to(self.dtype))
-            output = functional_call(self.model, cast, (inputs,), {"noise_repeats": self.noise_repeats})
+        output = run_in(self.dtype, self.model, inputs, noise_repeats=self.noise_repeats)
         parts = {"text": output.loss_text.detach()}
         if output.loss_image is not None:
             parts["image"] = output.loss_image.detach()
