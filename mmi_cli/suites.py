@@ -58,7 +58,7 @@ def run(options: dict[str, Any]) -> int:
         code = max(code, evaluating.exit_code([card for card in cards if card is not None]))
         code = max(code, 3 if any(remark.startswith("--metric") for remark in remarks) else 0)
         rows += _rows(found, part, cards, remarks)
-    _print(rows, options["out"], suites)
+    _print(rows, options["out"], suites, f"model {options['model'] or 'toon'}")
     return code
 
 
@@ -186,7 +186,8 @@ def _rows(found: Suite, part: Part, cards: list[Card | None], remarks: list[str]
             shown = [m for m in card.measures if m.name == goal.measure] or card.measures[:1]
         same = card.metric == goal.metric
         for measure in shown:
-            row = {**common, "metric": card.metric, "variant": card.variant, "measure": measure, "items": card.items}
+            row = {**common, "metric": card.metric, "variant": card.variant, "measure": measure}
+            row["items"] = card.items if measure.counted is None else measure.counted
             row |= {
                 "problems": card.problems,
                 "scale": goal.scale if same else 1.0,
@@ -196,7 +197,9 @@ def _rows(found: Suite, part: Part, cards: list[Card | None], remarks: list[str]
     return rows
 
 
-def _print(rows: list[dict[str, Any]], out: Path, suites: list[Suite]) -> None:
+def _print(rows: list[dict[str, Any]], out: Path, suites: list[Suite], remark: str) -> None:
+    from mmi_engine.metrics import overview
+
     terminal = console.current()
     lines: list[tuple[str, ...]] = []
     for row in rows:
@@ -219,19 +222,25 @@ def _print(rows: list[dict[str, Any]], out: Path, suites: list[Suite]) -> None:
             (row["data"], row["metric"] + variant, measure.name, value, span, f"{row['items']}{lost}", bases,
              _paper(row["paper"]))
         )  # fmt: skip
-    header = ("data", "metric", "measure", "score", "95 % interval", "items", "without looking", "paper")
-    terminal.table(
-        _without_empty(lines, header), header=[h for k, h in enumerate(header) if any(line[k] for line in lines)]
+    header: tuple[str, ...] = (
+        "data",
+        "metric",
+        "measure",
+        "score",
+        "95 % interval",
+        "items",
+        "without looking",
+        "paper",
     )
+    filled = [k for k in range(len(header)) if any(line[k] for line in lines)]
+    lines, header = [tuple(line[k] for k in filled) for line in lines], tuple(header[k] for k in filled)
+    terminal.table(lines, header=header)
     for text in dict.fromkeys(f"{row['data']}: {remark}" for row in rows for remark in row["remarks"]):
         terminal.warning(text)
     _write(rows, out, suites)
-    terminal.event("written", f"→ {out / 'suite.json'}", path=str(out / "suite.json"))
-
-
-def _without_empty(lines: list[tuple[str, ...]], header: tuple[str, ...]) -> list[tuple[str, ...]]:
-    filled = [k for k in range(len(header)) if any(line[k] for line in lines)]
-    return [tuple(line[k] for k in filled) for line in lines]
+    title = suites[0].title if len(suites) == 1 else "Benchmarks"
+    overview.write(out / "index.html", title, remark, header, lines, [row["data"] for row in rows])
+    terminal.event("written", f"→ {out / 'index.html'}, suite.json", path=str(out / "suite.json"))
 
 
 def _paper(figures: dict[str, float]) -> str:

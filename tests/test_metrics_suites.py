@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 from PIL import Image
@@ -201,6 +202,11 @@ def test_a_suite_of_ones_own_generates_scores_and_prints_the_table(tmp_path, tin
     assert (tmp_path / "out" / "mine" / "metrics.json").exists() and (
         tmp_path / "out" / "drawn" / "worst.html"
     ).exists()
+    page = (tmp_path / "out" / "index.html").read_text()
+    linked = re.findall(r'href="([^"]+)"', page)
+    assert {"mine/index.html", "mine/worst.html", "drawn/worst.html"} <= set(linked)
+    assert all((tmp_path / "out" / link).is_file() for link in linked)
+    assert "<h1>Mine</h1>" in page and "<td>50.5 fine-tuned</td>" in page
     assert main(arguments) == code and "3 of 3 done before" in capsys.readouterr().err
     assert main([*arguments, "--steps", "2"]) == 2  # made with other settings: the remedy is one that eval has
     said = capsys.readouterr().err

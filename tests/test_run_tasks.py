@@ -106,6 +106,24 @@ def test_a_dialogue_is_one_text_with_its_history(loader):
     assert job.pieces[2].options == ("here", "there")
 
 
+def test_the_embedded_model_is_asked_question_after_question_as_it_was_trained(loader):
+    rounds = [{"question": "Where is Pip?", "answer": "beach"}, {"question": "Is there a ball?", "answer": "yes"}]
+    row = {"image": "a.png", "caption": "Pip is waving.", "history": rounds, "question": "What colour is the ball?"}
+    closing = " Please provide an accurate answer within one word. The answer is:"
+    assert read(VqaTask(family="toon"), row, loader) == [
+        VQA_OPENING,
+        0,
+        f"Pip is waving. Where is Pip?{closing}",
+        "beach",
+        f"Is there a ball?{closing}",
+        "yes",
+        f"What colour is the ball?{closing}",
+        None,
+    ]
+    own = VqaTask(template="{image} Q: {question}", family="toon")
+    assert read(own, row, loader) == [0, "Q: What colour is the ball?", None]
+
+
 def test_a_chat_is_taken_as_it_is(loader):
     content = [{"type": "image", "image": "a.png"}, {"type": "text", "text": "What is it?"}]
     row = {"messages": [{"role": "user", "content": content}]}

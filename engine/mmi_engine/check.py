@@ -99,9 +99,7 @@ def task_of(data: dict[str, Any]) -> Task:
     for name, task in _BY_FIELD.items():
         if data.get(name) is not None:
             return task()
-    raise RowError(
-        "no field that a command reads", remedy="docs/data.md shows the rows of every command", code="bad_row"
-    )
+    raise RowError("no field that a command reads", remedy="mmi COMMAND --help shows what a row needs", code="bad_row")
 
 
 # The first field that a row has decides.

@@ -227,9 +227,10 @@ class _Worker:
             elif not self.out.is_open(entry):
                 self.summary.done += 1
         if self.options.ids is not None:
-            missing = len(self.options.ids - {entry.id for entry in self.order})
+            missing = sorted(self.options.ids - {entry.id for entry in self.order})
             if missing:
-                self._notice(f"{missing} of {len(self.options.ids)} ids are not in the manifest")
+                some = f"{missing[0]} first" if len(missing) > 1 else missing[0]
+                self._notice(f"{len(missing)} of {len(self.options.ids)} ids are not in the manifest ({some})")
         if self.reporter:
             self.reporter.begin(self.summary.total, self.summary.done + self.summary.failed)
 

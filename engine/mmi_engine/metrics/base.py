@@ -50,6 +50,11 @@ class Measure:
     draws: np.ndarray | None = field(default=None, repr=False)
     baselines: dict[str, float] = field(default_factory=dict)
 
+    @property
+    def counted(self) -> int | None:
+        """How many items have a say in it; None where it is no mean over items."""
+        return None if self.parts is None else int(np.count_nonzero(~np.isnan(self.parts)))
+
 
 def mean_measure(name: str, parts: Any, unit: str = "", higher: bool = True) -> Measure:
     """A measure that is the mean of its items, NaN ones left out (NaN when there is none)."""

@@ -78,6 +78,7 @@ class Card:
                 "unit": m.unit,
                 "higher_is_better": m.higher,
                 "resamples": 0 if m.draws is None else len(m.draws),
+                **({"items": m.counted} if m.counted is not None else {}),
                 **({"baselines": {name: _plain(value) for name, value in m.baselines.items()}} if m.baselines else {}),
             }
             for m in self.measures

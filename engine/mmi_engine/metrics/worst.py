@@ -56,14 +56,18 @@ def write(cards: Sequence[Card], path: Path, count: int = 20) -> Path:
 
 
 def worst(card: Card, count: int) -> tuple[Measure | None, list[int]]:
-    """The first measure that items have a value in, and the indices of those with a usable result, worst first."""
+    """The first measure that items have a value in, and the indices of those with a usable result that is not
+    perfect, worst first."""
     measure = next((m for m in card.measures if m.parts is not None and len(m.parts) == len(card.pairs)), None)
     if measure is None or measure.parts is None:
         return None, []
     usable = [
         k
         for k, item in enumerate(card.pairs)
-        if item.result is not None and item.id not in card.unusable and not np.isnan(measure.parts[k])
+        if item.result is not None
+        and item.id not in card.unusable
+        and not np.isnan(measure.parts[k])
+        and not (measure.unit == "%" and measure.higher and measure.parts[k] == 100)
     ]
     keys = measure.parts if measure.higher else -measure.parts
     return measure, sorted(usable, key=lambda k: float(keys[k]))[:count]

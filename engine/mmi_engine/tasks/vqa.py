@@ -1,8 +1,9 @@
 """`mmi vqa`: pictures and a question → an answer; few-shot examples; dialogue with ranked options.
 
 Place in the flow: a row becomes the prompt of `prompts.py` and one missing text. A row with ``history`` or ``caption``
-is a dialogue; one with ``options`` does not write an answer but ranks these by summed log-probability. ``shots`` are
-solved examples before the question. A row of ``messages`` is a chat, taken as it is.
+is a dialogue (of the embedded model question after question, as it was trained); one with ``options`` does not write an
+answer but ranks these by summed log-probability. ``shots`` are solved examples before the question. A row of
+``messages`` is a chat, taken as it is.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from mmi_engine.tasks.prompts import (
     DIALOGUE_HEAD,
     DIALOGUE_ROUND,
     RELEASED,
+    TOON,
     Template,
     vqa_prompt,
 )
@@ -61,7 +63,7 @@ class VqaTask:
         question: str | None = None,
         family: str = RELEASED,
     ) -> None:
-        self.own = template is not None
+        self.own, self.family = template is not None, family
         self.template = Template.parse(template or vqa_prompt(form, family), ("image", "question", "caption"))
         self.question = question
         self.column = "image" if question else None
@@ -89,8 +91,24 @@ class VqaTask:
             pieces += [*self.template.build(values), Piece("text", answer)]
         examples = pictures_of(pieces)
         pictures = load_images(references, loader)
-        pieces += _dialogue(pictures, texts, history) if dialogue else self.template.build({"image": pictures, **texts})
+        if not dialogue:
+            pieces += self.template.build({"image": pictures, **texts})
+        elif self.family == TOON:
+            pieces += self._in_turns(pictures, texts, history)
+        else:
+            pieces += _dialogue(pictures, texts, history)
         return Job(row, [*pieces, missing], shown=(*pictures_of(pictures), *examples))
+
+    def _in_turns(self, pictures: list[Piece], texts: dict[str, str], rounds: list[tuple[str, str]]) -> list[Piece]:
+        """As the embedded model was trained: question after question in the form, the pictures before the first."""
+        opening, _, turn = self.template.text.partition("{image}")
+        following = Template.parse(turn, ("question",))
+        known = f"{texts['caption'].rstrip('.')}. " if "caption" in texts else ""
+        pieces = [Piece("text", opening.strip()), *pictures]
+        for number, (question, answer) in enumerate([*rounds, (texts["question"], "")]):
+            pieces += following.build({"question": question if number else known + question})
+            pieces += [Piece("text", answer)] if number < len(rounds) else []
+        return pieces
 
     def output(self, job: Job, filled: Sequence[Piece], stem: str, image_size: int) -> Output:
         """See `Task.output`: the answer; with options also their log-probabilities and ranks (1 is the best)."""

@@ -93,7 +93,7 @@ def find(name: str, *, convert: bool = True) -> Path:
         return converted(directory, name) if convert else directory
     for needed in ("config.json", "*.safetensors"):
         if not any(directory.glob(needed)):
-            raise ModelError(f'model "{name}" holds no {needed}', remedy="restore the model directory")
+            raise ModelError(f'model "{name}" holds no {needed}', remedy="name a model directory, or restore this one")
     if found is None:
         raise ModelError(
             f'model "{name}" is no MM-Interleaved model',
