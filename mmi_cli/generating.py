@@ -70,6 +70,12 @@ def generate(task: Task, options: dict[str, Any]) -> int:
         return _dry_run(task, manifest, loader, run_options, options)
     if options["out"] is None:
         raise UsageError("Missing option '--out'", remedy="name the output folder: --out DIR")
+    given = Path(options["manifest"])
+    if options["out"] != "-" and given.is_dir() and given.resolve() == Path(options["out"]).resolve():
+        raise UsageError(
+            f"--out {options['out']} is the folder of the pictures, where results would become rows",
+            remedy=f"name another, such as --out {given / 'out'}",
+        )
     return _run(task, manifest, loader, run_options, options)
 
 

@@ -98,6 +98,15 @@ def test_a_folder_is_a_manifest_of_its_pictures(folder, capsys):
     assert main(["vqa", "pictures", "--question", "What?", "--out", "vqa"]) == 0
     assert main(["ground", "pictures", "--expression", "it", "--out", "ground"]) == 0
     assert results("ground")[0]["box"] == [4, 4, 20, 12]
+    assert main(["caption", "pictures", "--out", "pictures/"]) == 2  # its gallery and boxes would become rows
+    assert "folder of the pictures" in capsys.readouterr().err and not Path("pictures/run.json").exists()
+    assert main(["caption", "pictures", "--out", "pictures/out"]) == 0
+
+
+def test_a_manifest_without_rows_is_said_to_have_none(folder, capsys):
+    Path("none.jsonl").write_text("")
+    assert main(["caption", "none.jsonl", "--out", "none"]) == 0
+    assert "none.jsonl holds no rows" in capsys.readouterr().err
 
 
 def test_an_output_folder_among_the_pictures_is_no_input(folder, monkeypatch):

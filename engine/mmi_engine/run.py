@@ -210,6 +210,8 @@ class _Worker:
         for row in self.manifest.rows():
             self.order.append(Entry(row.line, row.id, row.error is None))
             self.stems.add(row.id)
+        if not self.order:
+            self._notice(f"{self.manifest.name} holds no rows")
 
     def _forget(self, selection: dict[int, Entry]) -> None:
         again = self.options.overwrite and not self.options.part.whole
