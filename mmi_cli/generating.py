@@ -60,6 +60,12 @@ def generate(task: Task, options: dict[str, Any]) -> int:
         raise UsageError(
             f"mmi {task.name} makes pictures, which do not fit on stdout", remedy="name a folder: --out DIR"
         )
+    given, out = Path(options["manifest"]), options["out"]
+    if options.get("draw") and out not in (None, "-") and given.is_dir() and given.resolve() == Path(out).resolve():
+        raise UsageError(
+            f"--out {out} is the folder of the pictures, where those with boxes would become rows",
+            remedy=f"name another, such as --out {given / 'boxes'}",
+        )
     launch.check(console.current().warning, streaming=options["out"] == "-")
     if launch.ranks()[0] > 0:
         console.current().progress = False  # one bar is enough; the first process draws it
@@ -70,12 +76,6 @@ def generate(task: Task, options: dict[str, Any]) -> int:
         return _dry_run(task, manifest, loader, run_options, options)
     if options["out"] is None:
         raise UsageError("Missing option '--out'", remedy="name the output folder: --out DIR")
-    given = Path(options["manifest"])
-    if options["out"] != "-" and given.is_dir() and given.resolve() == Path(options["out"]).resolve():
-        raise UsageError(
-            f"--out {options['out']} is the folder of the pictures, where results would become rows",
-            remedy=f"name another, such as --out {given / 'out'}",
-        )
     return _run(task, manifest, loader, run_options, options)
 
 

@@ -58,7 +58,7 @@ def run(options: dict[str, Any]) -> int:
         code = max(code, evaluating.exit_code([card for card in cards if card is not None]))
         code = max(code, 3 if any(remark.startswith("--metric") for remark in remarks) else 0)
         rows += _rows(found, part, cards, remarks)
-    _print(rows, options["out"], suites, f"model {options['model'] or 'toon'}")
+    _print(rows, options["out"], suites, f"model {Path(options['model']).name}")
     return code
 
 
@@ -186,8 +186,8 @@ def _rows(found: Suite, part: Part, cards: list[Card | None], remarks: list[str]
             shown = [m for m in card.measures if m.name == goal.measure] or card.measures[:1]
         same = card.metric == goal.metric
         for measure in shown:
-            row = {**common, "metric": card.metric, "variant": card.variant, "measure": measure}
-            row["items"] = card.items if measure.counted is None else measure.counted
+            row = {**common, "metric": card.metric, "variant": card.variant, "measure": measure, "items": card.items}
+            row["counted"] = card.items if measure.counted is None else measure.counted
             row |= {
                 "problems": card.problems,
                 "scale": goal.scale if same else 1.0,
@@ -215,11 +215,12 @@ def _print(rows: list[dict[str, Any]], out: Path, suites: list[Suite], remark: s
             else "–"
         )
         lost = f", {row['problems']} without result" if row["problems"] else ""
+        items = row["items"] if row["counted"] == row["items"] else f"{row['counted']} of {row['items']}"
         bases = " · ".join(f"{name} {scale * value:.{places}f}" for name, value in measure.baselines.items())
         value = f"{scale * measure.value:.{places}f}{unit}"
         variant = "" if row["variant"] == "default" else " (released)"
         lines.append(
-            (row["data"], row["metric"] + variant, measure.name, value, span, f"{row['items']}{lost}", bases,
+            (row["data"], row["metric"] + variant, measure.name, value, span, f"{items}{lost}", bases,
              _paper(row["paper"]))
         )  # fmt: skip
     header: tuple[str, ...] = (

@@ -93,14 +93,17 @@ def test_a_folder_is_a_manifest_of_its_pictures(folder, capsys):
     assert [row["id"] for row in results("out")] == ["a.jpg", "b.png", "more/c.webp"]
     Image.new("RGB", (4, 4)).save(folder / "pictures/d.png")
     assert main(["caption", "pictures", "--out", "out"]) == 2  # another manifest
-    assert "the rows of the manifest have changed since" in capsys.readouterr().err
+    assert "the manifest is another one, or has changed since" in capsys.readouterr().err
     assert main(["vqa", "pictures", "--out", "vqa"]) == 2  # what should be asked?
     assert main(["vqa", "pictures", "--question", "What?", "--out", "vqa"]) == 0
     assert main(["ground", "pictures", "--expression", "it", "--out", "ground"]) == 0
     assert results("ground")[0]["box"] == [4, 4, 20, 12]
-    assert main(["caption", "pictures", "--out", "pictures/"]) == 2  # its gallery and boxes would become rows
+    drawn = ["ground", "pictures", "--expression", "it", "--draw", "--out"]
+    assert main([*drawn, "pictures/"]) == 2  # pictures with boxes would become rows
     assert "folder of the pictures" in capsys.readouterr().err and not Path("pictures/run.json").exists()
-    assert main(["caption", "pictures", "--out", "pictures/out"]) == 0
+    assert main([*drawn, "pictures/boxes"]) == 0
+    for _ in range(2):
+        assert main(["caption", "pictures/more", "--out", "pictures/more"]) == 0
 
 
 def test_a_manifest_without_rows_is_said_to_have_none(folder, capsys):

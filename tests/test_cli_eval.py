@@ -62,6 +62,18 @@ def test_a_card_for_every_score_and_metrics_json(tmp_path, references, capsys):
     assert page.index("two cats sleep") < page.index("a man on a bicycle")
 
 
+def test_the_worst_are_those_with_a_fault(tmp_path, capsys):
+    truth = write(tmp_path / "t.jsonl", [{"id": name, "answers": [name]} for name in ("cat", "dog", "hen")])
+    made = [{"id": name, "answer": name} for name in ("cat", "dog", "hen")]
+    page = tmp_path / "out" / "worst.html"
+    made[1]["answer"] = "cow"
+    assert run(capsys, write(tmp_path / "out" / "results.jsonl", made), truth, "--metric", "exact")[0] == 0
+    assert "answer: cow" in page.read_text() and "hen" not in page.read_text()
+    made[1]["answer"] = "dog"
+    assert run(capsys, write(tmp_path / "out" / "results.jsonl", made), truth, "--metric", "exact")[0] == 0
+    assert "no item with a fault" in page.read_text()
+
+
 def test_missing_and_failed_items_count_as_wrong_are_listed_and_can_be_left_out(tmp_path, references, capsys):
     out_dir = tmp_path / "out"
     write(out_dir / "results.jsonl", [{"id": "a", "caption": SAID["a"]}, {"id": "z", "caption": "?"}])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +12,10 @@ from PIL import Image
 from run_data import go, lines, stories, write
 from test_run_kill import tree
 
+from mmi_engine.data.manifest import Manifest
 from mmi_engine.errors import DeviceError, StoppedError
+from mmi_engine.outdir import OutputDir
+from mmi_engine.run import RunOptions, run
 from mmi_engine.tasks import StoryTask
 
 # -- what a row becomes ------------------------------------------------------------------------------------------------
@@ -192,6 +196,18 @@ def test_stop_on_the_first_error_and_go_on_later(tmp_path):
     assert all(f"{row['id']}/01.png" in page for row in done) and "t0/00.png" not in page
     assert go(manifest, tmp_path / "out").done == 11
     assert "t8/00.png" in (tmp_path / "out/index.html").read_text()
+
+
+def test_a_gallery_that_cannot_be_written_does_not_hide_how_the_run_ended(tmp_path, monkeypatch):
+    manifest = write(tmp_path / "m.jsonl", *stories(2), "broken\n")
+    said, stopping = [], RunOptions(stop_on_error=True)
+    reporter = SimpleNamespace(begin=lambda *_: None, item=lambda *_: None, notice=said.append)
+    with monkeypatch.context() as patch:
+        patch.setattr(OutputDir, "write_page", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        with pytest.raises(StoppedError, match="m.jsonl:3"):
+            run(StoryTask(), Manifest(manifest), tmp_path / "out", FakeEngine(), stopping, reporter=reporter)
+    assert any(text.startswith("no gallery:") and "No space left" in text for text in said)
+    assert go(manifest, tmp_path / "out").exit_code == 3 and (tmp_path / "out/index.html").exists()
 
 
 def test_errors_are_kept_on_resume_and_retried_on_request(tmp_path):

@@ -120,6 +120,9 @@ def test_the_embedded_model_is_asked_question_after_question_as_it_was_trained(l
         f"What colour is the ball?{closing}",
         None,
     ]
+    row["caption"] = "Pip!"
+    assert read(VqaTask(family="toon"), row, loader)[2].startswith("Pip! Where is Pip?")
+    assert VqaTask(family="toon").settings != VqaTask().settings  # a folder made in the other form is not gone on with
     own = VqaTask(template="{image} Q: {question}", family="toon")
     assert read(own, row, loader) == [0, "Q: What colour is the ball?", None]
 

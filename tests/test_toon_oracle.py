@@ -111,6 +111,8 @@ def test_story_figures() -> None:
     assert damaged["place"] == damaged["character"] == 75.0
     assert damaged["unstated attributes"] == 100.0 * (16 - 4 - 1) / 16
     assert damaged["all of a frame"] == damaged["all unstated of a frame"] == 50.0
+    lost = _figures([*reference, *reference], [pictures, None])
+    assert lost["unstated attributes"] == lost["place"] == 50.0 and "number 50%" in lost["notes"][0]
 
 
 def test_caption_figures() -> None:

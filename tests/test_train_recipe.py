@@ -78,6 +78,14 @@ def test_errors_say_whether_the_file_or_the_command_line_is_wrong(tmp_path: Path
         resolve(write(tmp_path, 'task = "vae"\n[optim]\nlrr = 1\n'), ["loop.steps=3"])
 
 
+def test_recomputed_activations_do_not_go_with_cast_weights(tmp_path: Path) -> None:
+    both = ["loop.activation_checkpointing=true", "loop.precision=bf16-pure"]
+    with pytest.raises(ConfigError, match="does not go with bf16-pure"):
+        resolve(write(tmp_path, MINIMAL), both)
+    for one in both:
+        resolve(write(tmp_path, MINIMAL), [one])
+
+
 def test_task_is_required_and_limited(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="'task' is missing"):
         resolve(write(tmp_path, "seed = 1\n"))

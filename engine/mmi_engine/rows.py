@@ -103,7 +103,7 @@ def differences(there: Any, here: Any, path: str = "") -> list[str]:
                 found += differences(there.get(key), here.get(key), f"{path}.{key}" if path else str(key))
         return found
     if path == "manifest":  # a hash
-        return ["the rows of the manifest have changed since"]
+        return ["the manifest is another one, or has changed since"]
     was, now = (json.dumps(value, ensure_ascii=False) for value in (there, here))
     start = next((n for n, (a, b) in enumerate(zip(was, now, strict=False)) if a != b), min(len(was), len(now)))
     return [f"{path} was {_brief(was, start)}, now {_brief(now, start)}"]

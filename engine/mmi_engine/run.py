@@ -27,7 +27,7 @@ from mmi_engine.batches import Engine, as_item_error, attempt, buckets
 from mmi_engine.copies import copies_of, copy_name, sweep_copies
 from mmi_engine.data.images import ImageLoader, bytes_of
 from mmi_engine.data.manifest import Manifest, Row, item_seed
-from mmi_engine.errors import GenerationError, Interrupted, ItemError, OutputMismatchError, StoppedError
+from mmi_engine.errors import GenerationError, Interrupted, ItemError, MMIError, OutputMismatchError, StoppedError
 from mmi_engine.interrupt import Interrupt
 from mmi_engine.names import Stems
 from mmi_engine.outdir import Entry, OutputDir
@@ -118,14 +118,14 @@ class _Worker:
         try:
             with Interrupt() as interrupt:
                 self._work(selection, interrupt)
+                if interrupt.requested or self.stopped_by:
+                    self._show_what_there_is()
             interrupted = interrupt.requested
             state = "interrupted" if interrupted else "stopped" if self.stopped_by else "finished"
         finally:
             self._record(state)
         if isinstance(self.out, StreamOut):
             self.out.flush_rest()
-        if state != "finished" and self.options.part.whole:  # what there is can be looked at before the run goes on
-            self.out.consolidate(self.order, self._write_gallery, ())
         if interrupted:
             again = "run the same command again to resume" if self.directory else "nothing is kept with --out -"
             new = self.summary.new
@@ -138,6 +138,15 @@ class _Worker:
         if self.options.part.world > 1 and self.summary.failed and not self.summary.merged:
             self._wait_for_the_launch(launched)
         return self.summary
+
+    def _show_what_there_is(self) -> None:
+        """The gallery before the run goes on; a disk that refuses it does not change how the run ended."""
+        if not self.options.part.whole:
+            return  # other parts may be at work
+        try:
+            self.out.consolidate(self.order, self._write_gallery, ())
+        except MMIError as error:
+            self._notice(f"no gallery: {error}")
 
     def _of_the_launch(self) -> list[Entry]:
         """The rows that are selected for all processes launched together."""
@@ -231,8 +240,10 @@ class _Worker:
         if self.options.ids is not None:
             missing = sorted(self.options.ids - {entry.id for entry in self.order})
             if missing:
-                some = f"{missing[0]} first" if len(missing) > 1 else missing[0]
-                self._notice(f"{len(missing)} of {len(self.options.ids)} ids are not in the manifest ({some})")
+                some = "such as " if len(missing) > 1 else ""
+                self._notice(
+                    f"{len(missing)} of {len(self.options.ids)} ids are not in the manifest: {some}{missing[0]}"
+                )
         if self.reporter:
             self.reporter.begin(self.summary.total, self.summary.done + self.summary.failed)
 

@@ -52,7 +52,7 @@ class Measure:
 
     @property
     def counted(self) -> int | None:
-        """How many items have a say in it; None where it is no mean over items."""
+        """How many items have a say in it; None where items have no value of their own."""
         return None if self.parts is None else int(np.count_nonzero(~np.isnan(self.parts)))
 
 

@@ -12,6 +12,7 @@ from html import escape
 from pathlib import Path
 
 from mmi_engine.gallery import STYLE
+from mmi_engine.metrics.score import write_text
 
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -37,9 +38,13 @@ def write(
         title, remark: what stands above the table.
         header, rows: the table, as it is printed.
         parts: folders of the parts below the page's; those of their pages that are there are linked.
+
+    Raises:
+        OutputError: the disk refuses.
     """
     links = [_links(path.parent, part) for part in dict.fromkeys(parts)]
-    path.write_text(
+    return write_text(
+        path,
         PAGE.format(
             title=escape(title),
             remark=escape(remark),
@@ -48,9 +53,7 @@ def write(
             header="".join(f"<th>{escape(cell)}</th>" for cell in header),
             rows="\n".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows),
         ),
-        encoding="utf-8",
     )
-    return path
 
 
 def _links(folder: Path, part: str) -> str:

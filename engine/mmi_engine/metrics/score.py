@@ -215,7 +215,12 @@ def write(cards: list[Card], out: Path, about: dict[str, Any]) -> Path:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> Path:
-    """Write a document under a temporary name, then rename.
+    """Write a document; see `write_text`."""
+    return write_text(path, json.dumps(content, ensure_ascii=False, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> Path:
+    """Write a file under a temporary name, then rename.
 
     Raises:
         OutputError: the disk refuses.
@@ -223,7 +228,7 @@ def write_json(path: Path, content: dict[str, Any]) -> Path:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = path.with_name(path.name + ".partial")
-        draft.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+        draft.write_text(text, encoding="utf-8")
         os.replace(draft, path)
     except OSError as error:
         remedy = "name a folder that can be written: --out DIR"

@@ -82,7 +82,8 @@ def _section(card: Card, count: int) -> str:
     if measure is None or measure.parts is None:
         items = '<p class="item">a distance between sets has no worst item</p>'
     else:
-        items = "\n".join(_shown(card.pairs[k], measure.name, float(measure.parts[k])) for k in indices)
+        shown = [_shown(card.pairs[k], measure.name, float(measure.parts[k])) for k in indices]
+        items = "\n".join(shown) or '<p class="item">no item with a fault</p>'
     return f"{title}\n{items}\n{table if lost else ''}"
 
 

@@ -68,6 +68,8 @@ class VqaTask:
         self.question = question
         self.column = "image" if question else None
         self.settings = {"template": self.template.text, "question": question}
+        if family == TOON and not self.own:
+            self.settings["dialogue"] = "turns"
 
     def read(self, row: Row, loader: ImageLoader) -> Job:
         """See `Task.read`."""
@@ -100,10 +102,14 @@ class VqaTask:
         return Job(row, [*pieces, missing], shown=(*pictures_of(pictures), *examples))
 
     def _in_turns(self, pictures: list[Piece], texts: dict[str, str], rounds: list[tuple[str, str]]) -> list[Piece]:
-        """As the embedded model was trained: question after question in the form, the pictures before the first."""
+        """As the embedded model was trained: question after question in the form, the pictures before the first.
+
+        A caption, which it was not trained with, stands before the first question.
+        """
         opening, _, turn = self.template.text.partition("{image}")
         following = Template.parse(turn, ("question",))
-        known = f"{texts['caption'].rstrip('.')}. " if "caption" in texts else ""
+        caption = texts.get("caption", "").strip()
+        known = f"{caption}{'' if caption[-1] in '.!?' else '.'} " if caption else ""
         pieces = [Piece("text", opening.strip()), *pictures]
         for number, (question, answer) in enumerate([*rounds, (texts["question"], "")]):
             pieces += following.build({"question": question if number else known + question})

@@ -270,6 +270,8 @@ class LoopConfig:
         require(self.precision in known, f"loop.precision must be one of {', '.join(known)}")
         require(0 <= self.ema < 1, "loop.ema must be in [0, 1)")
         require(self.shard in ("no", "fsdp"), "loop.shard must be no or fsdp")
+        again = self.activation_checkpointing and self.precision == "bf16-pure"  # with the weights before their cast
+        require(not again, "loop.activation_checkpointing does not go with bf16-pure: take loop.precision=bf16")
         require(self.shard == "no" or not self.ema, "loop.shard fsdp keeps no averaged weights: set loop.ema=0.0")
 
 
