@@ -20,6 +20,7 @@ SHOWN_ITEMS, SHOWN_STORIES, FRAMES, SIDE = 8, 2, 5, 128
 MEASURES = {
     ("seg2img", "mIoU"): "maps: mIoU",
     ("stories", "unstated attributes"): "stories: unstated",
+    ("stories", "sun"): "side of the sun",
     ("stories", "hat"): "hat",
     ("stories", "shirt"): "shirt",
     ("stories", "number"): "number",
@@ -232,7 +233,7 @@ def sheet(out: Path, runs: Sequence[Run], names: Sequence[str], manifests: dict[
             if image is not None and image.is_file():
                 with Image.open(image) as picture:
                     canvas.paste(picture.convert("RGB").resize((SIDE, SIDE)), (left + column * (SIDE + gap), top))
-    canvas.save(path)
+    canvas.quantize(256, method=Image.Quantize.MEDIANCUT).save(path, optimize=True)
     return True
 
 

@@ -66,7 +66,8 @@ def test_the_report_shows_truth_and_what_was_drawn(tmp_path: Path) -> None:
     Image.new("RGB", (128, 128), "blue").save(drawn / "seg2img-0-0.png")
     write_report(tmp_path, RUNS, NAMES, {"seg2img": manifest})
     with Image.open(tmp_path / "sheet.png") as sheet:
-        middle = [sheet.getpixel((150 + 64, 4 + 64 + 132 * line)) for line in range(4)]
+        shown = sheet.convert("RGB")  # stored with 256 colours
+    middle = [shown.getpixel((150 + 64, 4 + 64 + 132 * line)) for line in range(4)]
     assert middle == [(255, 0, 0), (0, 128, 0), (0, 0, 255), (255, 255, 255)]  # the second recipe drew nothing
     assert len(json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))["runs"]) == len(RUNS)
     with Image.open(tmp_path / "plot.png") as picture:
