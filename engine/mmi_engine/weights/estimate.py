@@ -25,6 +25,10 @@ LIBRARIES = 104 * 2**20
 """What a first step costs beside its tensors: code and tables of the libraries, workspaces of convolutions, what the
 allocator keeps, and the visual encoder's own activations. Measured, see ``benchmarks/model_memory.py``."""
 
+GATHERED = 20 * 2**20
+"""What comes on top of :data:`LIBRARIES` where torch copies MMFS's values. Measured likewise: 438 to 502 MB of the tiny
+model, the most on a machine whose cores were taken."""
+
 
 @dataclass(frozen=True)
 class Need:
@@ -113,14 +117,17 @@ def need(
     if decoder.mmfs is not None:
         blocks = _unet_blocks(decoder.unet)
         picture = blocks * _values(decoder.mmfs, sum(cells[m] for m in decoder.maps)) * decoder.context_images
+    copied = gathers() if copied is None else copied
     logits = tokens * config.tokens.vocab_size * 4
     second = parameters * size if dtype == "fp32" and parameters * size <= LAID_OUT_TWICE else 0
     return Need(
         weights=int(weights),
         cache_per_token=2 * layers * key_heads * head * size,
         per_image=maps + values * size,
-        per_picture=picture * size * (3 if (gathers() if copied is None else copied) else 1),
-        working=LIBRARIES + second + max(_vae_step(decoder.vae) * size, _unet_step(decoder.unet) * size, logits),
+        per_picture=picture * size * (3 if copied else 1),
+        working=(LIBRARIES + GATHERED if copied and picture else LIBRARIES)
+        + second
+        + max(_vae_step(decoder.vae) * size, _unet_step(decoder.unet) * size, logits),
         tokens=tokens,
         images=min(config.language.mmfs.max_images - 1 if language.mmfs else tokens, tokens // per_image_tokens),
     )
