@@ -88,7 +88,11 @@ class Part:
         folder, manifest = suite / name, suite / "data" / task / MANIFESTS[task]
         self.folder, self.data = folder, manifest.parent
         made = {row["id"]: row for row in _rows(folder / "results.jsonl")}
-        self.pairs = [(row, made[row["id"]]) for row in _rows(manifest) if row["id"] in made][:count]
+        asked = _rows(manifest)[:count]
+        absent = [row["id"] for row in asked if row["id"] not in made]
+        if absent:  # a sheet without its failures would be no evidence
+            raise SystemExit(f"{folder}: no result for {', '.join(absent)}: run the suite again to its end")
+        self.pairs = [(row, made[row["id"]]) for row in asked]
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:

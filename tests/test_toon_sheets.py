@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,15 @@ def test_a_missed_box_is_red(suite: Path) -> None:
     part.pairs = [(row, {**made, "box": [0, 0, 2, 2]}), (row, {**made, "box": None})]
     tiles = toon_sheets.boxes(part)
     assert [len(_red([tile])) for tile in tiles] == [1, 1]
+
+
+def test_an_item_without_a_result_is_not_left_out_in_silence(suite: Path, tmp_path: Path) -> None:
+    shutil.copytree(suite, tmp_path / "suite")
+    results = tmp_path / "suite" / "t2i" / "results.jsonl"
+    first, *others = results.read_text(encoding="utf-8").splitlines()
+    results.write_text("\n".join(others) + "\n", encoding="utf-8")
+    with pytest.raises(SystemExit, match=f"no result for {json.loads(first)['id']}"):
+        toon_sheets.Part(tmp_path / "suite", "t2i", "t2i", 2)
 
 
 def test_words_wrap_within_the_picture() -> None:
